@@ -1,0 +1,45 @@
+"""lora-init: LoRA starts that approximate the weight, and the kernels to compute and train them.
+
+See README.md; the names below are the public API.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lora_init.backends import BackendError, backend
+from lora_init.engine import approximate
+from lora_init.factors import Factors, LoraInitError
+from lora_init.methods import methods
+
+if TYPE_CHECKING:
+    from lora_init.integrations.peft import initialize, resume, save_adapter
+    from lora_init.ops.lora_linear import lora_linear
+
+__all__ = [
+    "BackendError",
+    "Factors",
+    "LoraInitError",
+    "approximate",
+    "backend",
+    "initialize",
+    "lora_linear",
+    "methods",
+    "resume",
+    "save_adapter",
+]
+
+# Imported at first use: PEFT and transformers are an extra and take seconds to import.
+_LAZY = {
+    "initialize": "lora_init.integrations.peft",
+    "resume": "lora_init.integrations.peft",
+    "save_adapter": "lora_init.integrations.peft",
+    "lora_linear": "lora_init.ops.lora_linear",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,149 @@
+"""Solved factors on disk: content-addressed, atomic, safe with several processes at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from lora_init.factors import Factors, LoraInitError, weight_digest
+from lora_init.methods import Layer, Method
+
+# Part of every key: raise it when the same inputs would give other factors or the file changes
+# shape.
+_FORMAT = 1
+_ENVIRONMENT_VARIABLE = "LORA_INIT_CACHE_DIR"
+
+CacheOption = bool | str | os.PathLike[str]
+"""False: none; True: the user's cache directory; "auto": that where worth it; or a directory."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Factors by key in `directory`, one safetensors file each, named by the key."""
+
+    directory: Path
+
+    def get(self, key: str) -> Factors | None:
+        """The stored factors, or None if absent; a damaged or foreign file warns and counts as
+        absent.
+        """
+        path = self._path(key)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = json.loads(file.metadata()["lora_init"])
+                A, B = file.get_tensor("A"), file.get_tensor("B")
+            if meta["key"] != key or meta["digest"] != weight_digest(A, B):
+                raise ValueError("its content is not what was stored")
+            return Factors(A, B, meta["scaling"], meta["info"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(
+                f"cache file {path} is unusable and will be recomputed ({error})", stacklevel=2
+            )
+            return None
+
+    def put(self, key: str, factors: Factors) -> None:
+        """Store factors; a full or read-only disk warns, because the factors themselves are not
+        lost.
+        """
+        A, B = factors.A.contiguous().cpu(), factors.B.contiguous().cpu()
+        meta = {
+            "key": key,
+            "digest": weight_digest(A, B),
+            "scaling": factors.scaling,
+            "info": factors.info,
+        }
+        content = save({"A": A, "B": B}, {"lora_init": json.dumps(meta)})
+        try:
+            write_atomically(self._path(key), content)
+        except OSError as error:
+            warnings.warn(
+                f"could not write to the cache {self.directory} ({error}): not cached", stacklevel=2
+            )
+
+    def files(self) -> list[Path]:
+        return sorted(self.directory.glob("*/*.safetensors"))
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.files())
+
+    def clear(self) -> int:
+        """Remove every entry; returns how many there were."""
+        files = self.files()
+        for path in files:
+            path.unlink(missing_ok=True)
+        return len(files)
+
+    def _path(self, key: str) -> Path:
+        return self.directory / key[:2] / f"{key}.safetensors"
+
+
+def default_directory() -> Path:
+    """`LORA_INIT_CACHE_DIR`, or the user's cache directory of this platform."""
+    return Path(os.environ.get(_ENVIRONMENT_VARIABLE) or platformdirs.user_cache_dir("lora-init"))
+
+
+def open_cache(option: CacheOption, method: Method) -> Cache | None:
+    """The cache that `cache=option` means for this method.
+
+    Raises:
+        LoraInitError: a directory that was named cannot be created or written.
+    """
+    if option is False or (option == "auto" and not method.cached):
+        return None
+    named = option is not True and option != "auto"
+    directory = Path(option) if named else default_directory()  # type: ignore[arg-type]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        message = f"cannot write to the cache directory {directory} ({error})"
+        if named:
+            raise LoraInitError(f"{message}: name another one, or pass cache=False") from error
+        warnings.warn(f"{message}: nothing is cached", stacklevel=3)
+        return None
+    return Cache(directory)
+
+
+def key(layer: Layer, method: Method, resolved: dict[str, Any]) -> str:
+    """What a layer's factors depend on: weight content, method, options, rank, scaling, seed and
+    name.
+    """
+    identity = {
+        "format": _FORMAT,
+        "weight": layer.digest,
+        "method": method.name,
+        "options": asdict(method) | resolved,
+        "r": layer.r,
+        "scaling": layer.scaling,
+        "seed": layer.seed,
+        "name": layer.name,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

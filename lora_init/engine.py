@@ -1,0 +1,174 @@
+"""Layers in, factors out: checks, cache and method, with no model in sight.
+
+Both writers (`integrations.peft`, `checkpoints`) come through `solve`, so a layer gets the same
+bits either way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init import cache as cache_module
+from lora_init.cache import CacheOption
+from lora_init.factors import Factors, LoraInitError
+from lora_init.methods import Layer, Method, Progress, resolve_method
+from lora_init.parallel import map_layers
+
+
+def approximate(
+    weights: Mapping[str, Tensor],
+    r: int | Mapping[str, int] = 8,
+    method: str | Method = "inilora",
+    *,
+    scaling: float | Mapping[str, float] = 1.0,
+    seed: int = 0,
+    cache: CacheOption = "auto",
+    progress: bool | None = None,
+    **options: Any,
+) -> dict[str, Factors]:
+    """Low-rank factors for a dict of weights, no model needed; all layers are solved concurrently.
+
+    Args:
+        weights: name -> W (out, in), any float dtype, strides and device; never written.
+        r: rank, or name -> rank.
+        method: a name from `lora_init.methods()` or a method object.
+        scaling: s > 0 in W ≈ s·B·A, or name -> s.
+        seed: with the layer's name it decides every random draw.
+        cache: True, False, a directory, or "auto" (on for methods that descend).
+        progress: True or False, or None for a bar on terminals only.
+        options: of the method, if it was given by name.
+
+    Returns:
+        name -> Factors(A (r, in), B (out, r), scaling, info) in fp32 (fp64 for fp64 weights), on
+            W's device.
+
+    Raises:
+        LoraInitError: naming the layer, the value and the way out.
+    """
+    chosen = resolve_method(method, options)
+    layers = [
+        Layer(
+            name,
+            weight,
+            _per_layer(r, name, "r"),
+            _per_layer(scaling, name, "scaling"),
+            seed,
+        )
+        for name, weight in weights.items()
+    ]
+    return solve(layers, chosen, cache=cache, progress=progress)
+
+
+def solve(
+    layers: Sequence[Layer],
+    method: Method,
+    *,
+    cache: CacheOption = "auto",
+    progress: bool | None = None,
+) -> dict[str, Factors]:
+    """Factors for every layer by name, from the cache where they are there; see `approximate`.
+
+    `info` of each: `method`, `cached`, what the method resolved from statistics, and what its
+    solver reports.
+    """
+    check_layers(layers, method)
+    store = cache_module.open_cache(cache, method)
+    resolved = method.resolve(layers)
+    factors: dict[str, Factors] = {}
+    keys: list[str] = []
+    if store:
+        keys = map_layers(
+            lambda item: cache_module.key(item[0], method, item[1]),
+            list(zip(layers, resolved, strict=True)),
+            cost=lambda item: item[0].weight.numel(),
+        )
+        for layer, key in zip(layers, keys, strict=True):
+            hit = store.get(key)
+            if hit is not None:
+                device = layer.weight.device
+                factors[layer.name] = Factors(
+                    hit.A.to(device), hit.B.to(device), hit.scaling, hit.info | {"cached": True}
+                )
+    missing = [i for i, layer in enumerate(layers) if layer.name not in factors]
+    if missing:
+        began = time.perf_counter()
+        solved = method.solve(
+            [layers[i] for i in missing],
+            [resolved[i] for i in missing],
+            Progress(method.name, progress),
+        )
+        seconds = time.perf_counter() - began
+        for i, result in zip(missing, solved, strict=True):
+            layer = layers[i]
+            if not bool(torch.isfinite(result.A).all() and torch.isfinite(result.B).all()):
+                raise LoraInitError(
+                    f"{layer.name}: {method.name} gave factors that are not finite; it diverged: "
+                    "lower lr"
+                )
+            info = (
+                {"method": method.name, "seconds": seconds}
+                | resolved[i]
+                | result.info
+                | {"cached": False}
+            )
+            factors[layer.name] = Factors(result.A, result.B, result.scaling, info)
+            if store:
+                store.put(keys[i], factors[layer.name])
+    return {layer.name: factors[layer.name] for layer in layers}
+
+
+def check_layers(layers: Sequence[Layer], method: Method) -> None:
+    """Raises `LoraInitError` for the first layer that cannot be solved, before any work is done."""
+    if not layers:
+        raise LoraInitError(
+            "there is no layer to initialise: name at least one weight or target module"
+        )
+    for layer in layers:
+        name, weight, r = layer.name, layer.weight, layer.r
+        if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
+            raise LoraInitError(
+                f"{name}: the weight must be a non-empty floating-point matrix (out, in), got "
+                f"{tuple(weight.shape)} {weight.dtype}"
+            )
+        if weight.device.type == "meta":
+            raise LoraInitError(
+                f"{name}: the weight is on the meta device and has no values: load it first"
+            )
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise LoraInitError(f"{name}: r must be a whole number ≥ 1, got {r!r}")
+        if method.residual and r > min(weight.shape):
+            raise LoraInitError(
+                f"{name}: r = {r} exceeds min(out, in) = {min(weight.shape)}, beyond which B·A "
+                "gains nothing: lower "
+                f"r for this layer (rank_pattern)"
+            )
+        if not layer.scaling > 0 or layer.scaling == float("inf"):
+            raise LoraInitError(
+                f"{name}: the scaling must be a number > 0, got {layer.scaling!r} (see lora_alpha)"
+            )
+    finite = map_layers(
+        lambda layer: bool(torch.isfinite(layer.weight).all()),
+        layers,
+        cost=lambda layer: layer.weight.numel(),
+    )
+    for layer, good in zip(layers, finite, strict=True):
+        if not good:
+            bad = int((~torch.isfinite(layer.weight)).sum())
+            raise LoraInitError(
+                f"{layer.name}: {bad} of {layer.weight.numel()} weights are NaN or infinite: "
+                "repair the checkpoint, or "
+                f"leave the layer out of target_modules"
+            )
+
+
+def _per_layer(value: Any | Mapping[str, Any], name: str, what: str) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise LoraInitError(f"{name}: {what} was given per layer and lacks this one")
+    return value[name]

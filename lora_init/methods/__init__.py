@@ -1,0 +1,148 @@
+"""Initialisers by name. A new one is one new file here that registers a `Method`; it never touches
+a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lora_init.factors import Factors, LoraInitError, weight_digest
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer as a method sees it.
+
+    Attributes:
+        name: module name in the base model, e.g. "model.layers.0.self_attn.q_proj".
+        weight: W (out, in), any float dtype and strides; never written.
+        r: rank of the factors.
+        scaling: s in W ≈ s·B·A, > 0.
+        seed: of the run; `generator` mixes the name in.
+    """
+
+    name: str
+    weight: Tensor
+    r: int
+    scaling: float = 1.0
+    seed: int = 0
+
+    @property
+    def module_type(self) -> str:
+        """The last part of the name ("q_proj"): what statistics per module type go by."""
+        return self.name.rpartition(".")[2]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weight: part of the cache key, and how a resumed run knows its base."""
+        return weight_digest(self.weight)
+
+    def generator(self) -> torch.Generator:
+        """A CPU generator seeded by (seed, name) alone, so that draws depend on nothing else in the
+        run.
+        """
+        digest = hashlib.sha256(f"{self.seed}\0{self.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """An initialiser; its dataclass fields are its options.
+
+    Class attributes:
+        name: what users write. The first line of the class docstring is what `methods()` shows.
+        residual: whether the base becomes R = W − s·B·A.
+        cached: whether `cache="auto"` keeps its factors (not worth it if solving is cheaper than
+            hashing W).
+    """
+
+    name: ClassVar[str]
+    residual: ClassVar[bool]
+    cached: ClassVar[bool] = False
+
+    def resolve(self, layers: Sequence[Layer]) -> list[dict[str, Any]]:
+        """Per-layer options from statistics over *all* layers (they enter the info and the cache
+        key).
+        """
+        return [{} for _ in layers]
+
+    @abstractmethod
+    def solve(
+        self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
+    ) -> list[Factors]:
+        """Factors for some of the layers, fp32 or fp64, concurrently; `resolved` is theirs from
+        `resolve`.
+        """
+
+
+class Progress:
+    """A progress bar with loss and time left; quiet when not a terminal unless asked for."""
+
+    def __init__(self, description: str, show: bool | None):
+        self.description = description
+        # tqdm's disable=None means "only on a terminal".
+        self.disable = None if show is None else not show
+
+    def bar(self, total: int, unit: str) -> tqdm[Any]:
+        return tqdm(total=total, unit=unit, desc=self.description, disable=self.disable)
+
+
+M = TypeVar("M", bound=type[Method])
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a `Method` known by its name."""
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def methods() -> dict[str, str]:
+    """Every initialiser's name and what it is in one line."""
+    return {
+        name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in sorted(_all().items())
+    }
+
+
+def resolve_method(method: str | Method, options: dict[str, Any]) -> Method:
+    """The method object for a name and its options, or the object itself (which takes no more
+    options).
+
+    Raises:
+        LoraInitError: unknown name or option, or a value its method refuses.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise LoraInitError(
+                f"options {sorted(options)} were given beside a method object: set them on the "
+                "object"
+            )
+        return method
+    if method not in _all():
+        raise LoraInitError(f"unknown method {method!r}; choose one of {', '.join(sorted(_all()))}")
+    cls = _all()[method]
+    known = [f.name for f in dataclasses.fields(cls)]
+    for option in options:
+        if option not in known:
+            raise LoraInitError(
+                f"{method} has no option {option!r}; its options are {', '.join(known) or 'none'}"
+            )
+    return cls(**options)
+
+
+def _all() -> dict[str, type[Method]]:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return _REGISTRY

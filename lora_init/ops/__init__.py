@@ -1,0 +1,1 @@
+"""The ops that backends implement: schema, validation, dispatch and autograd, one file each."""

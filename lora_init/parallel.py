@@ -1,0 +1,73 @@
+"""CPU work split by item, one thread each, so that no bit depends on how many threads there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+S = TypeVar("S")
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+
+def map_layers(
+    function: Callable[[T], S], items: Sequence[T], cost: Callable[[T], int] | None = None
+) -> list[S]:
+    """[function(item) for item in items] in a pool of single-threaded workers, without autograd;
+    costliest first.
+    """
+    return map_nested(lambda item, _: function(item), items, cost)
+
+
+def map_nested(
+    function: Callable[[T, Map], S], items: Sequence[T], cost: Callable[[T], int] | None = None
+) -> list[S]:
+    """Like `map_layers` for function(item, inner), where `inner` is a `map` for the item's own
+    independent parts.
+
+    `inner` runs in parallel where there are fewer items than threads, and is the builtin `map`
+    otherwise.
+    """
+
+    def detached(item: T) -> S:
+        with torch.no_grad():  # grad mode is per thread: the caller's does not reach the workers
+            return function(item, inner)
+
+    with single_threaded() as threads:
+        lanes = threads // max(1, len(items))
+        with _pool(min(threads, len(items))) as outer, _pool(lanes) as parts:
+            inner: Map = parts.map if lanes > 1 else map
+            order = (
+                sorted(range(len(items)), key=lambda i: -cost(items[i]))
+                if cost
+                else range(len(items))
+            )
+            # In a copy of the caller's context, so that `with backend(...)` reaches the workers.
+            futures = {i: outer.submit(copy_context().run, detached, items[i]) for i in order}
+            try:
+                return [futures[i].result() for i in range(len(items))]
+            finally:
+                outer.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def single_threaded() -> Iterator[int]:
+    """One thread for each torch op inside, whatever the caller set; yields the caller's number of
+    threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    # A new native thread starts with OpenMP's own default, not with what its parent set.
+    return ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,))

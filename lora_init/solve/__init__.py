@@ -1,0 +1,1 @@
+"""Solvers of min ‖W − B·A‖² over ragged groups of layers."""

@@ -1,0 +1,183 @@
+"""Pure torch: the truth for every op in tests, and the CPU path.
+
+On the CPU layers run in parallel, each on one thread, and a large matrix is split into row blocks
+that its shape alone decides and whose products are added in order, so that the bits depend on
+neither threads nor grouping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_init.ops.descend import DescentState
+from lora_init.ops.dual_project import Precision, product_dtype
+from lora_init.ops.philox import keep_mask
+from lora_init.parallel import Map, map_nested
+
+NAME = "reference"
+PRIORITY = 0
+
+S = TypeVar("S")
+
+# A row block of 2²⁰ fp32 elements (4 MB) is read once from memory and a second time from the L2/L3
+# cache.
+_BLOCK_ELEMENTS = 1 << 20
+# The same GEMM gives other bits when its operands are aligned differently; a mapped safetensors
+# file is often 8 mod 16, torch's own allocations are multiples of 64.
+_ALIGNMENT = 64
+
+
+def why_unsupported(op: str, *args: Any) -> str | None:
+    return None if op in ("dual_project", "descend", "lora_linear") else f"has no op {op!r}"
+
+
+def dual_project(
+    group: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], precision: Precision
+) -> list[tuple[Tensor, Tensor]]:
+    def one(i: int, inner: Map) -> tuple[Tensor, Tensor]:
+        dtype = product_dtype(group[i], A[i], B[i])
+        weight, a, bt = (_operand(t, dtype) for t in (group[i], A[i], B[i].T))
+        left, right = (
+            a.new_empty(a.shape[0], weight.shape[0]),
+            a.new_empty(bt.shape[0], weight.shape[1]),
+        )
+        _products(weight, a, bt, left, right, inner)
+        return left.T, right
+
+    return _per_matrix(one, group)
+
+
+def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
+    schedule = state.optimizer.schedule(state.step, steps).tolist()
+
+    def one(i: int, inner: Map) -> None:
+        params = state.params[i]
+        weight = _operand(group[i], params.dtype)
+        out_features, in_features = weight.shape
+        bt, a = params[:, :out_features], params[:, out_features:]
+        gradient, scratch = torch.empty_like(params), torch.empty_like(params)
+        g_bt, g_a = gradient[:, :out_features], gradient[:, out_features:]
+        mean = 2.0 / (out_features * in_features)
+        beta1, beta2 = state.optimizer.betas
+        for alpha, inverse_root in schedule:
+            _products(weight, a, bt, g_bt, g_a, inner)
+            torch.addmm(g_bt, a @ a.T, bt, beta=-mean, alpha=mean, out=g_bt)
+            torch.addmm(g_a, bt @ bt.T, a, beta=-mean, alpha=mean, out=g_a)
+            if not state.moments:
+                params.sub_(gradient, alpha=alpha)
+                continue
+            m, v = state.moments[i]
+            m.lerp_(gradient, 1 - beta1)
+            v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            torch.sqrt(v, out=scratch).mul_(inverse_root).add_(state.optimizer.eps)
+            params.addcdiv_(m, scratch, value=-alpha)
+
+    _per_matrix(one, group)
+
+
+def lora_linear_forward(
+    x: Tensor,
+    R: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    keep = None if seed is None else keep_mask(seed, x.shape[0], x.shape[1], dropout_p)
+    # 1/(1−p) goes into s: scaling x by it would round a 16-bit x once more.
+    S = (_dropped(x.to(A.dtype), keep) @ A.T).mul_(scaling / (1 - dropout_p))
+    y = torch.nn.functional.linear(x, R, bias)
+    if A.dtype == y.dtype:
+        y.addmm_(S, B.T)
+    else:
+        y.add_(S @ B.T)  # promotes, and rounds the sum once to y's dtype
+    return y, S
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    R: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    need_x, need_A, need_B, need_bias = output_mask
+    dx = dA = dB = None
+    if need_x or need_A:
+        dS = (dy.to(A.dtype) @ B).mul_(scaling / (1 - dropout_p))
+        keep = None if seed is None else keep_mask(seed, dy.shape[0], A.shape[1], dropout_p)
+        if need_x:
+            dx = dy @ R
+            if A.dtype == dx.dtype and keep is None:
+                dx.addmm_(dS, A)
+            else:
+                dx.add_(_dropped(dS @ A, keep))
+        if need_A:
+            assert x is not None
+            dA = dS.T @ _dropped(x.to(A.dtype), keep)
+    if need_B:
+        assert S is not None
+        dB = dy.to(A.dtype).T @ S
+    return dx, dA, dB, dy.sum(0) if need_bias else None
+
+
+def _dropped(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    return tensor if keep is None else tensor.masked_fill(~keep, 0)
+
+
+def _products(
+    weight: Tensor, a: Tensor, bt: Tensor, left: Tensor, right: Tensor, inner: Map
+) -> None:
+    """left (p, out) = A Wᵀ and right (q, in) = Bᵀ W by row blocks, so that W comes from cache the
+    second time.
+    """
+    blocks = _row_blocks(weight)
+    if len(blocks) == 1:
+        torch.mm(a, weight.T, out=left)
+        torch.mm(bt, weight, out=right)
+        return
+
+    def one(rows: slice) -> Tensor:
+        torch.mm(a, weight[rows].T, out=left[:, rows])
+        return bt[:, rows] @ weight[rows]
+
+    right.zero_()
+    for partial in inner(one, blocks):
+        right.add_(partial)
+
+
+def _row_blocks(weight: Tensor) -> list[slice]:
+    rows, columns = weight.shape
+    count = max(1, rows * columns // _BLOCK_ELEMENTS)
+    step = max(1, -(-rows // count))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, dense and aligned; itself where it already is (a copy lives only while
+    its layer runs).
+    """
+    tensor = tensor.detach()
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        return tensor.to(dtype).contiguous()
+    if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+        return tensor.clone()
+    return tensor
+
+
+def _per_matrix(one: Callable[[int, Map], S], group: Sequence[Tensor]) -> list[S]:
+    if all(w.device.type == "cpu" for w in group):
+        return map_nested(one, range(len(group)), cost=lambda i: group[i].numel())
+    with torch.no_grad():
+        return [one(i, map) for i in range(len(group))]

@@ -1,0 +1,1 @@
+"""Hosts that carry adapted layers; one file each."""

@@ -1,0 +1,254 @@
+"""What a checkpoint on disk is made of: its class, its adapted modules, and the tensor of each.
+
+The model is built on the meta device, so nothing is loaded. Which modules a LoRA adapts is decided
+by PEFT itself, and which tensor goes into which module by transformers' own rules for loading.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora import Linear, LoraLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from lora_init.factors import LoraInitError
+
+_INSTEAD = "load the model yourself and use lora_init.initialize"
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted module of a checkpoint.
+
+    Attributes:
+        name: module name in the base model.
+        key: of its weight in the checkpoint.
+        transposed: the weight lies there as (in, out), as Conv1D has it.
+        scaling: s of its adapter.
+    """
+
+    name: str
+    key: str
+    transposed: bool
+    scaling: float
+
+
+def find_model(name: str) -> Path:
+    """The directory of a model: a local one, or a hub id's snapshot that was downloaded before.
+
+    Raises:
+        LoraInitError: neither is there.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise LoraInitError(f"{name} is a file: name the directory that holds the model")
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise LoraInitError(
+            f"{name} is neither a directory nor a model in the local Hugging Face cache: check the "
+            f"path, or download it first (hf download {name})"
+        ) from error
+
+
+def meta_model(directory: Path, auto_class: str | None = None) -> Any:
+    """The model of a checkpoint on the meta device, with its weights tied.
+
+    Args:
+        auto_class: e.g. "AutoModelForCausalLM"; the config's own architecture if None.
+
+    Raises:
+        LoraInitError: no config, one that transformers does not know, or a quantised model.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoraInitError(
+            f"{directory}: transformers cannot read its config.json ({error})"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise LoraInitError(f"{directory} is a quantised model: take the one it was made from")
+    name = auto_class or next(iter(getattr(config, "architectures", None) or []), None)
+    if name is None:
+        raise LoraInitError(
+            f"{directory}: config.json names no architecture: pass --auto-class (auto_class=), "
+            f"e.g. AutoModelForCausalLM"
+        )
+    build = "from_config" if auto_class else "_from_config"
+    model_class = getattr(transformers, name, None)
+    if not hasattr(model_class, build):
+        raise LoraInitError(
+            f"{directory}: transformers {transformers.__version__} has no "
+            f"{'auto' if auto_class else 'model'} class {name!r}, and a model's own code is never "
+            f"run: {_INSTEAD}"
+        )
+    try:
+        with torch.device("meta"):
+            model = getattr(model_class, build)(config)
+    except (ValueError, ImportError) as error:
+        raise LoraInitError(f"{directory}: {name} does not fit its config ({error})") from error
+    model.tie_weights()
+    return model
+
+
+def find_targets(
+    model: Any, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Target]:
+    """The modules that `config` adapts, in the model's order.
+
+    Args:
+        model: from `meta_model`; it gets the adapter.
+        config: its target modules, if None, and its layout flag are filled in.
+        shapes: checkpoint key -> shape.
+
+    Raises:
+        LoraInitError: nothing matches, or a match is not a linear layer with a weight of its own.
+    """
+    types = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    linear = f"this model's linear layers are {', '.join(sorted(types))}"
+    kind = model.config.model_type
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if config.target_modules is None and kind not in known:
+        raise LoraInitError(
+            f"PEFT has no default target modules for model type {kind!r}: choose with "
+            f"--target-modules (target_modules=); {linear}"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sources = _sources(model, shapes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about tied weights and Conv1D: both are settled below
+        try:
+            inject_adapter_in_model(config, model, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+        except ValueError as error:
+            raise LoraInitError(f"{error} ({linear})") from error
+    targets = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        base = module.get_base_layer()
+        if not isinstance(module, Linear) or not isinstance(base, nn.Linear | Conv1D):
+            raise LoraInitError(
+                f"{name}: LoRA on {type(base).__name__} is not supported, only on nn.Linear and "
+                f"Conv1D: leave it out of target_modules; {linear}"
+            )
+        weight = f"{name}.weight"
+        for other, parameter in parameters.items():
+            if parameter is parameters[weight] and other != weight:
+                raise LoraInitError(
+                    f"{name}: its weight is shared with {other}, which would change too (tied "
+                    f"weights): leave it out of target_modules"
+                )
+        key = _only_source(name, sources[weight], type(model).__name__)
+        shape = tuple(parameters[weight].shape)
+        if shapes[key] != shape:
+            raise LoraInitError(
+                f"{name}: its weight is {shape} by config.json and {shapes[key]} in the checkpoint "
+                f"({key}): take the config that belongs to these weights"
+            )
+        scaling = float(module.scaling[_ADAPTER])
+        targets.append(Target(name, key, isinstance(base, Conv1D), scaling))
+    config.fan_in_fan_out = all(target.transposed for target in targets)
+    return targets
+
+
+def output_drift(
+    model_class: Any, original: Path, base: Path, adapter: Path, dtype: torch.dtype
+) -> float | None:
+    """max|Δoutput| / max|output| of `base` with `adapter` against the original, on one fixed batch.
+
+    Both are loaded in `dtype` by stock transformers and PEFT, one after the other.
+
+    Returns:
+        None if the model takes no token ids.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one library about the other
+        model = model_class.from_pretrained(original, dtype=dtype, local_files_only=True)
+        batch = _token_ids(model)
+        if batch is None:
+            return None
+        before = _first_output(model, batch)
+        del model
+        model = model_class.from_pretrained(base, dtype=dtype, local_files_only=True)
+        after = _first_output(PeftModel.from_pretrained(model, str(adapter)), batch)
+    tiny = torch.finfo(before.dtype).tiny
+    return float((after - before).abs().max() / before.abs().max().clamp(min=tiny))
+
+
+def _sources(model: Any, keys: Collection[str]) -> Mapping[str, list[tuple[str, bool]]]:
+    """Parameter name -> [(checkpoint key, whether loading does more to it than rename it)].
+
+    The same steps as in transformers' `convert_and_load_state_dict_in_model`.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    sources: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+    for key in keys:
+        name, converter = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, converter = rename_source_key(key, [], [], prefix, state)
+        sources[name].append((key, converter is not None))
+    return sources
+
+
+def _only_source(name: str, found: list[tuple[str, bool]], model_class: str) -> str:
+    if not found:
+        raise LoraInitError(
+            f"{name}: no tensor of the checkpoint is its weight in {model_class}: pass "
+            f"--auto-class (auto_class=) with the class that you load it with, or {_INSTEAD}"
+        )
+    keys = ", ".join(key for key, _ in found)
+    if len(found) > 1:
+        raise LoraInitError(f"{name}: several tensors are its weight ({keys}): {_INSTEAD}")
+    if found[0][1]:
+        raise LoraInitError(
+            f"{name}: its weight is stored in another form ({keys}) and converted on loading: "
+            f"{_INSTEAD}"
+        )
+    return found[0][0]
+
+
+def _token_ids(model: Any) -> dict[str, Tensor] | None:
+    config = model.config.get_text_config()
+    vocabulary = getattr(config, "vocab_size", None)
+    if model.main_input_name != "input_ids" or not vocabulary:
+        return None
+    length = min(32, getattr(config, "max_position_embeddings", None) or 32)
+    ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids
+    return batch
+
+
+def _first_output(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits, or the model's first output where it has none, in fp32 or wider."""
+    model.eval()
+    with torch.no_grad():
+        output = model(**batch)
+    logits = getattr(output, "logits", None)
+    first: Tensor = output[0] if logits is None else logits
+    return first if first.dtype == torch.float64 else first.float()

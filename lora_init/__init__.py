@@ -14,6 +14,8 @@ from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import methods
 
 if TYPE_CHECKING:
+    from lora_init.adapters import export_adapter
+    from lora_init.integrations.checkpoint import initialize_checkpoint
     from lora_init.integrations.peft import initialize, resume, save_adapter
     from lora_init.ops.lora_linear import lora_linear
 
@@ -23,7 +25,9 @@ __all__ = [
     "LoraInitError",
     "approximate",
     "backend",
+    "export_adapter",
     "initialize",
+    "initialize_checkpoint",
     "lora_linear",
     "methods",
     "resume",
@@ -32,7 +36,9 @@ __all__ = [
 
 # Imported at first use: PEFT and transformers are an extra and take seconds to import.
 _LAZY = {
+    "export_adapter": "lora_init.adapters",
     "initialize": "lora_init.integrations.peft",
+    "initialize_checkpoint": "lora_init.integrations.checkpoint",
     "resume": "lora_init.integrations.peft",
     "save_adapter": "lora_init.integrations.peft",
     "lora_linear": "lora_init.ops.lora_linear",

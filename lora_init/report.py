@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,6 +231,31 @@ def self_check(
     if worst.start_drift > WARN_START_DRIFT:
         warnings.warn(message, stacklevel=3)
     return reports
+
+
+def first_output(model: Any, batch: Mapping[str, Tensor] | Tensor) -> Tensor:
+    """A model's logits, or its first output where it has none, in fp32 or wider.
+
+    Run in eval mode and without autograd; which modules were training is left as found.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    finally:
+        for module in training:
+            module.training = True
+    if not isinstance(output, Tensor):
+        logits = getattr(output, "logits", None)
+        output = output[0] if logits is None else logits
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def relative_drift(after: Tensor, before: Tensor) -> float:
+    """max|after − before| / max|before|."""
+    scale = before.abs().max().clamp(min=torch.finfo(before.dtype).tiny)
+    return float((after - before).abs().max() / scale)
 
 
 def eckart_young(weights: Sequence[Tensor], ranks: Sequence[int]) -> list[float] | None:

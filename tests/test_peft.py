@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import lora_init
 from lora_init import LoraInitError
-from lora_init.integrations import peft as integration
+from lora_init.integrations.peft import residual_model
+from lora_init.integrations.peft.layers import lora_layers
 
 STEPS = 50
 TOKENS = torch.arange(32).reshape(2, 16)
@@ -108,7 +109,7 @@ def test_start_is_the_pretrained_model(method, config):
 def test_each_layer_gets_its_own_rank_scaling_and_the_engine_s_bits():
     base = llama()
     model = initialized(base, **CONFIGS["rslora_patterns"])
-    layers = integration._lora_layers(model)
+    layers = lora_layers(model)
     assert {name: layer.r["default"] for name, layer in layers.items()} == {
         "model.layers.0.self_attn.q_proj": 8,
         "model.layers.0.self_attn.v_proj": 8,
@@ -187,9 +188,7 @@ def test_saved_adapter_fits_the_original_base(config, tmp_path):
         assert written["use_rslora"] is False
         assert written["lora_alpha"] == written["r"]
         assert written["alpha_pattern"] == written["rank_pattern"]
-        assert {layer.scaling["default"] for layer in integration._lora_layers(stock).values()} == {
-            1.0
-        }
+        assert {layer.scaling["default"] for layer in lora_layers(stock).values()} == {1.0}
     assert not (tmp_path / "adapter" / "lora_init").exists()
     merged = model.merge_and_unload()
     assert distance(logits(merged), live) < 1e-5
@@ -523,7 +522,7 @@ class TestDamagedCheckpoints:
         with pytest.raises(LoraInitError, match=message):
             lora_init.resume(model, checkpoint)
         assert_unchanged(model, before)
-        assert not isinstance(model, integration._ResidualModel)
+        assert not isinstance(model, residual_model.ResidualModel)
 
     def test_no_sidecar(self, checkpoint):
         (checkpoint / "lora_init" / "start.safetensors").unlink()
@@ -606,7 +605,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(integration, "write_start", full)
+    monkeypatch.setattr(residual_model, "write_start", full)
     with pytest.raises(LoraInitError, match=r"cannot write to .* No space left"):
         model.save_pretrained(tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

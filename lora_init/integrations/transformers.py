@@ -26,6 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from lora_init.factors import LoraInitError
+from lora_init.report import first_output, relative_drift
 
 _INSTEAD = "load the model yourself and use lora_init.initialize"
 _ADAPTER = "default"
@@ -78,10 +79,12 @@ def meta_model(directory: Path, auto_class: str | None = None) -> Any:
         LoraInitError: no config, one that transformers does not know, or a quantised model.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise LoraInitError(
-            f"{directory}: transformers cannot read its config.json ({error})"
+            f"{directory}: transformers cannot read its config.json ({_first_line(error)})"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise LoraInitError(f"{directory} is a quantised model: take the one it was made from")
@@ -91,19 +94,22 @@ def meta_model(directory: Path, auto_class: str | None = None) -> Any:
             f"{directory}: config.json names no architecture: pass --auto-class (auto_class=), "
             f"e.g. AutoModelForCausalLM"
         )
-    build = "from_config" if auto_class else "_from_config"
     model_class = getattr(transformers, name, None)
-    if not hasattr(model_class, build):
+    if model_class is None or not hasattr(model_class, "from_pretrained"):
         raise LoraInitError(
-            f"{directory}: transformers {transformers.__version__} has no "
-            f"{'auto' if auto_class else 'model'} class {name!r}, and a model's own code is never "
-            f"run: {_INSTEAD}"
+            f"{directory}: transformers {transformers.__version__} has no model class {name!r}, "
+            f"and a model's own code is never run: {_INSTEAD}"
         )
     try:
         with torch.device("meta"):
-            model = getattr(model_class, build)(config)
-    except (ValueError, ImportError) as error:
-        raise LoraInitError(f"{directory}: {name} does not fit its config ({error})") from error
+            if auto_class:
+                model = model_class.from_config(config, trust_remote_code=False)
+            else:
+                model = model_class(config)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise LoraInitError(
+            f"{directory}: {name} does not fit its config ({_first_line(error)})"
+        ) from error
     model.tie_weights()
     return model
 
@@ -134,6 +140,7 @@ def find_targets(
             f"PEFT has no default target modules for model type {kind!r}: choose with "
             f"--target-modules (target_modules=); {linear}"
         )
+    asked: Any = config.target_modules  # a set where PEFT's types say a list
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sources = _sources(model, shapes)
     with warnings.catch_warnings():
@@ -141,33 +148,24 @@ def find_targets(
         try:
             inject_adapter_in_model(config, model, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
         except ValueError as error:
-            raise LoraInitError(f"{error} ({linear})") from error
+            raise LoraInitError(f"{_first_line(error)} ({linear})") from error
     targets = []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        base = module.get_base_layer()
-        if not isinstance(module, Linear) or not isinstance(base, nn.Linear | Conv1D):
-            raise LoraInitError(
-                f"{name}: LoRA on {type(base).__name__} is not supported, only on nn.Linear and "
-                f"Conv1D: leave it out of target_modules; {linear}"
-            )
-        weight = f"{name}.weight"
-        for other, parameter in parameters.items():
-            if parameter is parameters[weight] and other != weight:
-                raise LoraInitError(
-                    f"{name}: its weight is shared with {other}, which would change too (tied "
-                    f"weights): leave it out of target_modules"
-                )
-        key = _only_source(name, sources[weight], type(model).__name__)
-        shape = tuple(parameters[weight].shape)
+        _check_module(name, module, parameters, linear)
+        key = _only_source(name, sources[f"{name}.weight"], type(model).__name__)
+        shape = tuple(parameters[f"{name}.weight"].shape)
         if shapes[key] != shape:
             raise LoraInitError(
                 f"{name}: its weight is {shape} by config.json and {shapes[key]} in the checkpoint "
                 f"({key}): take the config that belongs to these weights"
             )
-        scaling = float(module.scaling[_ADAPTER])
-        targets.append(Target(name, key, isinstance(base, Conv1D), scaling))
+        transposed = isinstance(module.get_base_layer(), Conv1D)
+        targets.append(Target(name, key, transposed, float(module.scaling[_ADAPTER])))
+    for ending in asked if isinstance(asked, set) else ():
+        if not any(f".{target.name}".endswith(f".{ending}") for target in targets):
+            raise LoraInitError(f"target module {ending!r} matches nothing; {linear}")
     config.fan_in_fan_out = all(target.transposed for target in targets)
     return targets
 
@@ -182,18 +180,41 @@ def output_drift(
     Returns:
         None if the model takes no token ids.
     """
-    with warnings.catch_warnings():
+
+    def load(directory: Path) -> Any:
+        torch.manual_seed(0)  # a head that the checkpoint lacks is drawn anew
+        return model_class.from_pretrained(directory, dtype=dtype, local_files_only=True)
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of one library about the other
-        model = model_class.from_pretrained(original, dtype=dtype, local_files_only=True)
+        model = load(original)
         batch = _token_ids(model)
         if batch is None:
             return None
-        before = _first_output(model, batch)
+        before = first_output(model, batch)
         del model
-        model = model_class.from_pretrained(base, dtype=dtype, local_files_only=True)
-        after = _first_output(PeftModel.from_pretrained(model, str(adapter)), batch)
-    tiny = torch.finfo(before.dtype).tiny
-    return float((after - before).abs().max() / before.abs().max().clamp(min=tiny))
+        model = load(base)
+        after = first_output(PeftModel.from_pretrained(model, str(adapter)), batch)
+    return relative_drift(after, before)
+
+
+def _check_module(
+    name: str, module: LoraLayer, parameters: Mapping[str, Tensor], linear: str
+) -> None:
+    """Raises `LoraInitError` unless the module is linear and its weight is its own."""
+    base = module.get_base_layer()
+    if not isinstance(module, Linear) or not isinstance(base, nn.Linear | Conv1D):
+        raise LoraInitError(
+            f"{name}: LoRA on {type(base).__name__} is not supported, only on nn.Linear and "
+            f"Conv1D: leave it out of target_modules; {linear}"
+        )
+    weight = f"{name}.weight"
+    for other, parameter in parameters.items():
+        if parameter is parameters[weight] and other != weight:
+            raise LoraInitError(
+                f"{name}: its weight is shared with {other}, which would change too (tied "
+                f"weights): leave it out of target_modules"
+            )
 
 
 def _sources(model: Any, keys: Collection[str]) -> Mapping[str, list[tuple[str, bool]]]:
@@ -244,11 +265,6 @@ def _token_ids(model: Any) -> dict[str, Tensor] | None:
     return batch
 
 
-def _first_output(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits, or the model's first output where it has none, in fp32 or wider."""
-    model.eval()
-    with torch.no_grad():
-        output = model(**batch)
-    logits = getattr(output, "logits", None)
-    first: Tensor = output[0] if logits is None else logits
-    return first if first.dtype == torch.float64 else first.float()
+def _first_line(error: Exception) -> str:
+    """transformers' messages go on to list every model that there is."""
+    return str(error).strip().partition("\n")[0]

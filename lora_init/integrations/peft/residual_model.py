@@ -1,0 +1,257 @@
+"""A PEFT model whose base holds residuals: saves plain adapters, loads its own checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from lora_init.adapters import ADAPTER_FILE, adapter_key, plain_config, plain_tensors
+from lora_init.checkpoints import SIDECAR, Start, read_safetensors, read_start, write_start
+from lora_init.factors import LoraInitError
+from lora_init.integrations.peft.layers import lora_layers
+from lora_init.staging import merged_into
+
+
+class ResidualModel(PeftModel):
+    """Mixed into a PEFT model's class once its base holds residuals: saves plain adapters, loads
+    its own checkpoints.
+
+    A mixin, not patched methods: `copy.deepcopy` and `pickle` of the model keep it, and each copy
+    has its own starts.
+    """
+
+    lora_init_starts: dict[str, Start]
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As PEFT's, except that initialised adapters are written as plain LoRA on the original
+        base.
+
+        `lora_init/` beside each holds what `load_adapter` and `lora_init.resume` continue from.
+
+        Raises:
+            LoraInitError: pickles or PEFT's own conversion were asked for, or the directory cannot
+                be written.
+        """
+        if not safe_serialization:
+            raise LoraInitError(
+                "safe_serialization=False writes pickles, which are never read back: leave it True"
+            )
+        if path_initial_model_for_weight_conversion is not None:
+            raise LoraInitError(
+                "path_initial_model_for_weight_conversion is not needed: this model's "
+                "save_pretrained already "
+                "writes plain LoRA for the original base"
+            )
+        names = list(selected_adapters or self.peft_config)
+        kwargs["save_embedding_layers"] = save_embedding_layers
+        if not is_main_process:  # joins whatever collectives gathering takes, writes nothing
+            self._save_plain(Path(save_directory), names, is_main_process=False, **kwargs)
+            return
+        with merged_into(Path(save_directory)) as staging:
+            self._save_plain(staging, names, **kwargs)
+            state = kwargs.get("state_dict") or self.state_dict()
+            for adapter in names:
+                if adapter in self.lora_init_starts:
+                    folder = staging if adapter == "default" else staging / adapter
+                    write_start(
+                        folder, self.lora_init_starts[adapter], self._current(adapter, state)
+                    )
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As PEFT's for an initialised adapter's own checkpoints; anything else does not fit a
+        residual base.
+
+        Raises:
+            LoraInitError: not a checkpoint of this adapter's start.
+        """
+        if adapter_name not in self.lora_init_starts:
+            known = ", ".join(self.lora_init_starts)
+            raise LoraInitError(
+                f"adapter {adapter_name!r} cannot be added: this model's base is the residual of "
+                f"adapter {known}, so "
+                f"another one would be added to R instead of W; load it on the original base model"
+            )
+        directory = Path(model_id) / (kwargs.get("subfolder") or "")
+        start, current = read_start(directory)
+        others = other_tensors(directory, start, current)
+        result = self._restore(adapter_name, start, current, others, directory)
+        if not is_trainable:
+            self.eval()
+        return result
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        warnings.warn(
+            "with its adapter disabled this model computes its residual base R, not the pretrained "
+            "model: use the "
+            "original base model for that",
+            stacklevel=3,
+        )
+        with super().disable_adapter():
+            yield
+
+    def _save_plain(self, directory: Path, adapters: Sequence[str], **kwargs: Any) -> None:
+        """PEFT's own save with the initialised adapters' tensors and configs exchanged for their
+        plain form.
+        """
+        state = dict(kwargs.pop("state_dict", None) or self.state_dict())
+        configs = cast("dict[str, LoraConfig]", self.peft_config)
+        live = dict(configs)
+        for adapter in adapters:
+            if adapter in self.lora_init_starts:
+                start = self.lora_init_starts[adapter]
+                current = self._current(adapter, state)
+                state |= {
+                    adapter_key(name, part, adapter): tensor
+                    for (name, part), tensor in plain_tensors(start, current).items()
+                }
+                configs[adapter] = plain_config(
+                    live[adapter], {n: 2 * x.A0.shape[0] for n, x in start.layers.items()}
+                )
+        try:
+            super().save_pretrained(
+                str(directory), selected_adapters=list(adapters), state_dict=state, **kwargs
+            )
+        finally:
+            configs.update(live)
+
+    def _current(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        current = {}
+        for name in self.lora_init_starts[adapter].layers:
+            for part in ("A", "B", "bias"):
+                tensor = state.get(adapter_key(name, part, adapter))
+                if tensor is not None:
+                    current[f"{name}.{part}"] = tensor
+        return current
+
+    def _restore(
+        self,
+        adapter: str,
+        start: Start,
+        current: Mapping[str, Tensor],
+        others: Mapping[str, Tensor],
+        source: str | os.PathLike[str],
+    ) -> Any:
+        mine = self.lora_init_starts[adapter]
+        modules = {
+            name: module for name, module in lora_layers(self).items() if adapter in module.lora_A
+        }
+        check_same_layers(start, modules, adapter, source)
+        for name, layer in start.layers.items():
+            if not (
+                torch.equal(layer.A0, mine.layers[name].A0)
+                and torch.equal(layer.B0, mine.layers[name].B0)
+            ):
+                raise LoraInitError(
+                    f"{name}: {source} started from other factors ({start.method}, seed "
+                    f"{start.seed}) than this model "
+                    f"({mine.method}, seed {mine.seed}): initialise with those, or call "
+                    "lora_init.resume on a model "
+                    f"that is not initialised"
+                )
+        state = dict(others)
+        for key, tensor in current.items():
+            name, _, part = key.rpartition(".")
+            state[adapter_key(name, part)] = tensor
+        return set_peft_model_state_dict(self, state, adapter_name=adapter)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: rebuild it from PEFT's own on unpickling and copying.
+        state = object.__reduce_ex__(self, 2)[2]
+        return _new_residual_model, (type(self).__bases__[1],), state
+
+
+def _residual_class(cls: type) -> type:
+    return type(
+        cls.__name__, (ResidualModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
+
+
+def _new_residual_model(cls: type) -> Any:
+    return object.__new__(_residual_class(cls))
+
+
+def check_untouched(model: PeftModel) -> None:
+    """Raises `LoraInitError` if the base already holds residuals."""
+    if isinstance(model, ResidualModel):
+        raise LoraInitError(
+            f"this model's base already is the residual of adapter "
+            f"{', '.join(model.lora_init_starts)}: build it anew from the original base to "
+            f"initialise again"
+        )
+
+
+def attach(model: PeftModel, adapter: str, start: Start) -> None:
+    model.__class__ = _residual_class(type(model))
+    cast("ResidualModel", model).lora_init_starts = {adapter: start}
+
+
+def other_tensors(
+    directory: Path, start: Start, current: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What the adapter file holds beside the initialised layers' LoRA (modules_to_save, biases).
+
+    Raises:
+        LoraInitError: adapter file and sidecar are not of one save.
+    """
+    _, tensors = read_safetensors(directory / ADAPTER_FILE)
+    for name, layer in start.layers.items():
+        stored = tensors.pop(adapter_key(name, "A"), None)
+        tensors.pop(adapter_key(name, "B"), None)
+        tensors.pop(adapter_key(name, "bias"), None)
+        if stored is None or not torch.equal(
+            stored[: layer.A0.shape[0]].float(), current[f"{name}.A"].float()
+        ):
+            raise LoraInitError(
+                f"{name}: {directory / ADAPTER_FILE} and {SIDECAR} are not of one save: take an "
+                "earlier checkpoint"
+            )
+    return tensors
+
+
+def check_same_layers(
+    start: Start, modules: Mapping[str, LoraLayer], adapter: str, source: str | os.PathLike[str]
+) -> None:
+    missing, extra = (
+        sorted(start.layers.keys() - modules),
+        sorted(modules.keys() - start.layers.keys()),
+    )
+    if missing or extra:
+        raise LoraInitError(
+            f"{source} and this model adapt different layers (only there: {missing[:3]}, only "
+            f"here: {extra[:3]}): use "
+            f"the target_modules it was made with"
+        )
+    for name, layer in start.layers.items():
+        here = (modules[name].r[adapter], modules[name].scaling[adapter])
+        there = (layer.A0.shape[0], layer.scaling)
+        if here != there:
+            raise LoraInitError(
+                f"{name}: r and scaling are {here} here and {there} in {source}: use the "
+                "LoraConfig it was made with"
+            )

@@ -14,6 +14,7 @@ from typing import Any
 import platformdirs
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from lora_init.factors import Factors, LoraInitError, weight_digest
 from lora_init.methods import Layer, Method
@@ -42,9 +43,10 @@ class Cache:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                meta = json.loads(file.metadata()["lora_init"])
+                text, digest = file.metadata()["lora_init"], file.metadata()["digest"]
                 A, B = file.get_tensor("A"), file.get_tensor("B")
-            if meta["key"] != key or meta["digest"] != weight_digest(A, B):
+            meta = json.loads(text)
+            if meta["key"] != key or digest != _digest(text, A, B):
                 raise ValueError("its content is not what was stored")
             return Factors(A, B, meta["scaling"], meta["info"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -58,13 +60,9 @@ class Cache:
         lost.
         """
         A, B = factors.A.contiguous().cpu(), factors.B.contiguous().cpu()
-        meta = {
-            "key": key,
-            "digest": weight_digest(A, B),
-            "scaling": factors.scaling,
-            "info": factors.info,
-        }
-        content = save({"A": A, "B": B}, {"lora_init": json.dumps(meta)})
+        text = json.dumps({"key": key, "scaling": factors.scaling, "info": factors.info})
+        meta = {"lora_init": text, "digest": _digest(text, A, B)}
+        content = save({"A": A, "B": B}, meta)
         try:
             write_atomically(self._path(key), content)
         except OSError as error:
@@ -128,11 +126,16 @@ def key(layer: Layer, method: Method, resolved: dict[str, Any]) -> str:
         "method": method.name,
         "options": asdict(method) | resolved,
         "r": layer.r,
-        "scaling": layer.scaling,
+        "scaling": float(layer.scaling),
         "seed": layer.seed,
         "name": layer.name,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(text: str, *tensors: Tensor) -> str:
+    """Of all that an entry holds: a damaged scaling is as wrong as a damaged factor."""
+    return hashlib.sha256(f"{text}\n{weight_digest(*tensors)}".encode()).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lora_init import cache as cache_module
 from lora_init.cache import CacheOption
-from lora_init.factors import Factors, LoraInitError
+from lora_init.factors import Factors, LoraInitError, row_blocks
 from lora_init.methods import Layer, Method, Progress, resolve_method
 from lora_init.parallel import map_layers
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def approximate(
@@ -130,10 +132,12 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
         )
     for layer in layers:
         name, weight, r = layer.name, layer.weight, layer.r
-        if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
+        dense = weight.dtype in _DTYPES and weight.layout == torch.strided
+        if weight.ndim != 2 or not dense or not weight.numel():
             raise LoraInitError(
-                f"{name}: the weight must be a non-empty floating-point matrix (out, in), got "
-                f"{tuple(weight.shape)} {weight.dtype}"
+                f"{name}: the weight must be a non-empty dense matrix (out, in) of float64, "
+                "float32, bfloat16 or float16, got "
+                f"{tuple(weight.shape)} {weight.dtype} {weight.layout}"
             )
         if weight.device.type == "meta":
             raise LoraInitError(
@@ -147,12 +151,15 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
                 "gains nothing: lower "
                 f"r for this layer (rank_pattern)"
             )
-        if not layer.scaling > 0 or layer.scaling == float("inf"):
+        scaling = layer.scaling
+        if not isinstance(scaling, int | float) or not 0 < scaling < float("inf"):
             raise LoraInitError(
-                f"{name}: the scaling must be a number > 0, got {layer.scaling!r} (see lora_alpha)"
+                f"{name}: the scaling must be a number > 0, got {scaling!r} (see lora_alpha)"
             )
     finite = map_layers(
-        lambda layer: bool(torch.isfinite(layer.weight).all()),
+        lambda layer: all(
+            bool(torch.isfinite(layer.weight[rows]).all()) for rows in row_blocks(layer.weight)
+        ),
         layers,
         cost=lambda layer: layer.weight.numel(),
     )

@@ -34,21 +34,35 @@ def map_nested(
     otherwise.
     """
 
-    def detached(item: T) -> S:
-        with torch.no_grad():  # grad mode is per thread: the caller's does not reach the workers
-            return function(item, inner)
+    # Both modes are per thread: the caller's do not reach the workers, and what was made in
+    # inference mode can only be written in it. It sets the grad mode too, so it comes first.
+    inference = torch.is_inference_mode_enabled()
+
+    def detached(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with torch.inference_mode(inference), torch.no_grad():
+                return call(*args)
+
+        return run
 
     with single_threaded() as threads:
         lanes = threads // max(1, len(items))
-        with _pool(min(threads, len(items))) as outer, _pool(lanes) as parts:
-            inner: Map = parts.map if lanes > 1 else map
+        with _pool(min(threads, len(items))) as outer, _pool(lanes * len(items)) as parts:
+
+            def spread(call: Callable[[Any], Any], its_parts: Iterable[Any]) -> Iterable[Any]:
+                return parts.map(detached(call), its_parts)
+
+            inner: Map = spread if lanes > 1 else map
             order = (
                 sorted(range(len(items)), key=lambda i: -cost(items[i]))
                 if cost
                 else range(len(items))
             )
             # In a copy of the caller's context, so that `with backend(...)` reaches the workers.
-            futures = {i: outer.submit(copy_context().run, detached, items[i]) for i in order}
+            futures = {
+                i: outer.submit(copy_context().run, detached(function), items[i], inner)
+                for i in order
+            }
             try:
                 return [futures[i].result() for i in range(len(items))]
             finally:

@@ -23,9 +23,9 @@ PRIORITY = 0
 
 S = TypeVar("S")
 
-# A row block of 2²⁰ fp32 elements (4 MB) is read once from memory and a second time from the L2/L3
+# A row block of 2¹⁸ fp32 elements (1 MB) is read once from memory and a second time from the L2/L3
 # cache.
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 18
 # The same GEMM gives other bits when its operands are aligned differently; a mapped safetensors
 # file is often 8 mod 16, torch's own allocations are multiples of 64.
 _ALIGNMENT = 64

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_init.factors import Factors, LoraInitError
+from lora_init.factors import Factors, LoraInitError, row_blocks
 from lora_init.methods import Layer, Method, Progress, register
 from lora_init.ops.descend import Optimizer
 from lora_init.parallel import map_layers, single_threaded
@@ -74,30 +74,28 @@ class IniLora(Method):
     window: int = 200
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "betas", _tupled(self.betas))
         _check_choice("inilora", "init", self.init, [*_FROM_WEIGHTS, *_STARTS])
         _check_choice("inilora", "solver", self.solver, ["adam", "gd"])
         for field, ok, what in (
-            ("steps", isinstance(self.steps, int) and self.steps >= 0, "a whole number ≥ 0"),
+            ("steps", _is_count(self.steps, 0), "a whole number ≥ 0"),
             ("lr", _is_number(self.lr) and self.lr > 0, "a number > 0"),
             (
                 "betas",
-                len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+                isinstance(self.betas, tuple)
+                and len(self.betas) == 2
+                and all(_is_number(b) and 0 <= b < 1 for b in self.betas),
                 "two numbers in [0, 1)",
             ),
             ("eps", _is_number(self.eps) and self.eps >= 0, "a number ≥ 0"),
-            (
-                "step_size",
-                isinstance(self.step_size, int) and self.step_size > 0,
-                "a whole number > 0",
-            ),
+            ("step_size", _is_count(self.step_size, 1), "a whole number > 0"),
             ("gamma", _is_number(self.gamma) and self.gamma > 0, "a number > 0"),
             (
                 "tol",
                 self.tol is None or (_is_number(self.tol) and self.tol > 0),
                 "None or a number > 0",
             ),
-            ("window", isinstance(self.window, int) and self.window > 0, "a whole number > 0"),
+            ("window", _is_count(self.window, 1), "a whole number > 0"),
         ):
             if not ok:
                 raise LoraInitError(
@@ -216,7 +214,9 @@ def _draw(layer: Layer, draw: Draw) -> tuple[Tensor, Tensor]:
     out_features, in_features = layer.weight.shape
     generator = layer.generator()
     dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-    A, B = torch.empty(layer.r, in_features), torch.empty(out_features, layer.r)
+    # Explicit, because users change torch's default dtype and device.
+    A = torch.empty(layer.r, in_features, dtype=torch.float32, device="cpu")
+    B = torch.empty(out_features, layer.r, dtype=torch.float32, device="cpu")
     with (
         torch.no_grad(),
         single_threaded(),
@@ -227,9 +227,10 @@ def _draw(layer: Layer, draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 def _sparse(tensor: Tensor, generator: torch.Generator) -> None:
-    """As `nn.init.sparse_(tensor, 0.5, std=0.5)`, which takes its zeros from the global generator."""
+    """`nn.init.sparse_(tensor, 0.5, std=0.5)`, which draws its zeros from the global generator."""
     nn.init.normal_(tensor, std=0.5, generator=generator)
-    order = torch.rand(tensor.shape, generator=generator).argsort(dim=0, stable=True)
+    scores = torch.empty_like(tensor).uniform_(generator=generator)
+    order = scores.argsort(dim=0, stable=True)
     tensor.scatter_(0, order[: math.ceil(0.5 * tensor.shape[0])], 0.0)
 
 
@@ -243,10 +244,17 @@ def _scaled(factors: Factors, scaling: float) -> Factors:
 
 
 def _mean_and_std(layer: Layer) -> tuple[float, float]:
-    weight = layer.weight.to(
-        torch.float64
-    ).contiguous()  # one order of summation whatever the strides
-    return float(weight.mean()), float(weight.std()) if weight.numel() > 1 else 0.0
+    """W's mean and sample standard deviation (0 for one element), in fp64 by row blocks."""
+    weight, count = layer.weight, layer.weight.numel()
+    first = float(weight[0, 0])  # taken off, so that a constant W has a deviation of exactly 0
+
+    def total(power: int, centre: float) -> float:
+        # Contiguous: one order of summation whatever the strides.
+        blocks = (weight[rows].to(torch.float64).contiguous() for rows in row_blocks(weight))
+        return math.fsum(float((block - centre).pow_(power).sum()) for block in blocks)
+
+    mean = first + total(1, first) / count
+    return mean, math.sqrt(total(2, mean) / max(1, count - 1))
 
 
 def _check_choice(method: str, option: str, value: object, choices: Sequence[str]) -> None:
@@ -254,6 +262,15 @@ def _check_choice(method: str, option: str, value: object, choices: Sequence[str
         raise LoraInitError(
             f"{method}: {option} must be one of {', '.join(choices)}, got {value!r}"
         )
+
+
+def _tupled(value: object) -> object:
+    """A list, as JSON has it, as a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value: object) -> bool:

@@ -32,9 +32,9 @@ class Lora(Method):
     @staticmethod
     def _start(layer: Layer) -> Factors:
         out_features, in_features = layer.weight.shape
-        A = torch.empty(layer.r, in_features)
+        dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+        # Explicit, because users change torch's default dtype and device.
+        A = torch.empty(layer.r, in_features, dtype=torch.float32, device="cpu")
         torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=layer.generator())
-        device = layer.weight.device
-        return Factors(
-            A.to(device), torch.zeros(out_features, layer.r, device=device), layer.scaling
-        )
+        A = A.to(layer.weight.device, dtype)
+        return Factors(A, A.new_zeros(out_features, layer.r), layer.scaling)

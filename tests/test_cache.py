@@ -126,12 +126,18 @@ def test_key_changes_with_everything_the_factors_depend_on(
     assert len(entries()) == 2
 
 
+class Twin(IniLora):
+    """Another method with the same options."""
+
+    name = "twin"
+
+
 def test_key_changes_with_the_method_and_with_resolved_statistics() -> None:
     layer = Layer("a.q", WEIGHTS["a.q"], 3)
-    methods = [IniLora(), IniLora(steps=1), IniLoraBeta(), IniLoraBeta("uniform")]
+    methods = [IniLora(), IniLora(steps=1), IniLoraBeta(), IniLoraBeta("uniform"), Twin()]
     keys = [key(layer, method, {}) for method in methods]
     keys += [key(layer, IniLora(), {"mean": 0.0, "sigma": sigma}) for sigma in (0.05, 0.051)]
-    assert len(set(keys)) == 6
+    assert len(set(keys)) == 7
     assert keys[0] == key(Layer("a.q", WEIGHTS["a.q"].clone(), 3), IniLora(), {})
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_init import LoraInitError, backend, backends
 from lora_init.backends import reference
 from lora_init.ops.descend import DescentState, Optimizer, descend
+from lora_init.parallel import single_threaded
 from lora_init.testing import DTYPES, SHAPES, gaussian, misaligned, transposed
 
 STEPS = 500
@@ -62,6 +63,7 @@ def optimizer_for(solver: str, shape: tuple[int, int, int]) -> Optimizer:
 
 
 @functools.cache
+@single_threaded()  # on busy cores, threads that wait for each other made this 100 times slower
 def published_loop(
     shape: tuple[int, int, int],
     optimizer: Optimizer,

@@ -233,6 +233,17 @@ def test_orthogonal_start_has_orthonormal_factors(large: dict[str, Tensor]) -> N
     assert (B.T @ B - torch.eye(R)).abs().max() < R * 2.0**-24
 
 
+def test_factorised_start_does_not_depend_on_threads(large: dict[str, Tensor]) -> None:
+    # torch.linalg.qr of 3000×40 gives other bits on two of these counts.
+    torch.set_num_threads(1)
+    (expected,) = solve(large, r=R, steps=0, init="orthogonal").values()
+    for count in (2, 4):
+        torch.set_num_threads(count)
+        (f,) = solve(large, r=R, steps=0, init="orthogonal").values()
+        assert torch.equal(f.A, expected.A)
+        assert torch.equal(f.B, expected.B)
+
+
 def test_constant_start_is_constant() -> None:
     (f,) = solve({"q": gaussian(30, 20)}, steps=0, init="constant").values()
     assert f.A.unique().tolist() == f.B.unique().tolist() == [pytest.approx(0.001, rel=1e-7)]

@@ -150,11 +150,11 @@ def _loss(weight: Tensor, A: Tensor, B: Tensor) -> float:
 
 
 def _minilm() -> list[Tensor]:
-    return _targets(data.minilm(), ("query.weight", "value.weight"))
+    return targets(data.minilm(), ("query.weight", "value.weight"))
 
 
 def _smollm2() -> list[Tensor]:
-    return _targets(data.smollm2(), ("q_proj.weight", "v_proj.weight"))
+    return targets(data.smollm2(), ("q_proj.weight", "v_proj.weight"))
 
 
 def _gaussian() -> list[Tensor]:
@@ -162,7 +162,7 @@ def _gaussian() -> list[Tensor]:
     return [torch.randn(2048, 2048, generator=generator) * 0.02 for _ in range(4)]
 
 
-def _targets(directory: Any, suffixes: tuple[str, ...]) -> list[Tensor]:
+def targets(directory: Any, suffixes: tuple[str, ...]) -> list[Tensor]:
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         names = sorted(name for name in file.keys() if name.endswith(suffixes))  # noqa: SIM118
         return [file.get_tensor(name).clone() for name in names]

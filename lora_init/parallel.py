@@ -16,16 +16,25 @@ Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 
 def map_layers(
-    function: Callable[[T], S], items: Sequence[T], cost: Callable[[T], int] | None = None
+    function: Callable[[T], S],
+    items: Sequence[T],
+    cost: Callable[[T], int] | None = None,
+    workers: int | None = None,
 ) -> list[S]:
     """[function(item) for item in items] in a pool of single-threaded workers, without autograd;
     costliest first.
+
+    `workers` bounds the pool. One is the fastest where an item is many operations of a few
+    microseconds: between two threads each of them waits for the interpreter's lock.
     """
-    return map_nested(lambda item, _: function(item), items, cost)
+    return map_nested(lambda item, _: function(item), items, cost, workers)
 
 
 def map_nested(
-    function: Callable[[T, Map], S], items: Sequence[T], cost: Callable[[T], int] | None = None
+    function: Callable[[T, Map], S],
+    items: Sequence[T],
+    cost: Callable[[T], int] | None = None,
+    workers: int | None = None,
 ) -> list[S]:
     """Like `map_layers` for function(item, inner), where `inner` is a `map` for the item's own
     independent parts.
@@ -45,7 +54,8 @@ def map_nested(
 
         return run
 
-    with single_threaded() as threads:
+    with single_threaded() as available:
+        threads = min(available, workers or available)
         lanes = threads // max(1, len(items))
         with _pool(min(threads, len(items))) as outer, _pool(lanes * len(items)) as parts:
 

@@ -393,7 +393,7 @@ def test_plain_descent_that_diverges_is_an_error_and_not_cached(tmp_path: Path) 
 
 REFUSED = {
     "init": ("xavier", r"init must be one of per_type, .*kaiming_normal, got 'xavier'"),
-    "solver": ("sgd", r"solver must be one of adam, gd, got 'sgd'"),
+    "solver": ("sgd", r"solver must be one of adam, gd, krylov, got 'sgd'"),
     "steps": (-1, r"steps must be a whole number ≥ 0, got -1"),
     "lr": (0, r"lr must be a number > 0, got 0"),
     "betas": ((0.9, 1.0), r"betas must be two numbers in \[0, 1\), got \(0\.9, 1\.0\)"),

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from lora_init.factors import Factors, LoraInitError, row_blocks
 from lora_init.methods import Layer, Method, Progress, register
+from lora_init.methods.pissa import truncate_layers
 from lora_init.ops.descend import Optimizer
 from lora_init.parallel import map_layers, single_threaded
 from lora_init.solve.descent import Stopping, descent
+from lora_init.solve.krylov import Truncation
 
 Draw = Callable[[Tensor, torch.Generator], object]
 
@@ -52,10 +54,14 @@ class IniLora(Method):
             to three decimals unless that gives 0), "global" (the paper: N(μ, σ²) over all layers),
             or one of the ablation's starts: uniform, normal, constant, sparse, orthogonal,
             xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal.
-        solver: "adam" (what was run) or "gd" (plain gradient descent, the paper's equation 3).
+        solver: "adam" (what was run), "gd" (plain gradient descent, the paper's equation 3), or
+            "krylov" (ours): the minimum itself, in about ten reads of W, in the balanced gauge
+            B = U√S·Q, A = Qᵀ√S·Vᵀ nearest to the same random start; of the options, `init` and
+            `tol` apply to it.
         betas, eps, step_size, gamma: of Adam and StepLR, as published.
         tol, window: stop a layer early when its true loss improved by less than `tol` of itself
-            over `window` steps; None never stops early.
+            over `window` steps; None never stops early. For krylov, `tol` is the excess over the
+            minimum, relative to it, that is allowed (None: 1e-4).
     """
 
     name: ClassVar[str] = "inilora"
@@ -65,7 +71,7 @@ class IniLora(Method):
     steps: int = 4000
     lr: float = 5e-4
     init: str = "per_type"
-    solver: Literal["adam", "gd"] = "adam"
+    solver: Literal["adam", "gd", "krylov"] = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     step_size: int = 5000
@@ -76,7 +82,7 @@ class IniLora(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", _tupled(self.betas))
         _check_choice("inilora", "init", self.init, [*_FROM_WEIGHTS, *_STARTS])
-        _check_choice("inilora", "solver", self.solver, ["adam", "gd"])
+        _check_choice("inilora", "solver", self.solver, ["adam", "gd", "krylov"])
         for field, ok, what in (
             ("steps", _is_count(self.steps, 0), "a whole number ≥ 0"),
             ("lr", _is_number(self.lr) and self.lr > 0, "a number > 0"),
@@ -134,6 +140,8 @@ class IniLora(Method):
             _draw(layer, self._start(options))
             for layer, options in zip(layers, resolved, strict=True)
         ]
+        if self.solver == "krylov":
+            return self._minimum(layers, starts, progress)
         optimizer = Optimizer(
             self.solver, self.lr, self.betas, self.eps, self.step_size, self.gamma
         )
@@ -155,6 +163,15 @@ class IniLora(Method):
         return [
             _scaled(factors, layer.scaling) for factors, layer in zip(solved, layers, strict=True)
         ]
+
+    def _minimum(
+        self, layers: Sequence[Layer], starts: Sequence[tuple[Tensor, Tensor]], progress: Progress
+    ) -> list[Factors]:
+        truncations = truncate_layers(layers, self.tol, progress)
+        return map_layers(
+            lambda item: _gauged(item[0].scaling, item[1], *item[2]),
+            list(zip(layers, truncations, starts, strict=True)),
+        )
 
     def _start(self, options: dict[str, Any]) -> Draw:
         if self.init in _FROM_WEIGHTS:
@@ -236,6 +253,23 @@ def _sparse(tensor: Tensor, generator: torch.Generator) -> None:
 
 def _starts_only(layers: Sequence[Layer], draw: Draw) -> list[Factors]:
     return [Factors(*_draw(layer, draw), layer.scaling) for layer in layers]
+
+
+def _gauged(scaling: float, truncation: Truncation, A0: Tensor, B0: Tensor) -> Factors:
+    """The balanced minimiser B = U√S·Q, A = Qᵀ√S·Vᵀ whose Q follows the random start.
+
+    Q is the Gram–Schmidt of the rows of M = UᵀB₀ + VᵀA₀ᵀ, largest σ first: of the choices compared,
+    the nearest to where Adam ends up from that start. A rotation, so flipping a pair of singular
+    vectors changes nothing.
+    """
+    U, S, V = truncation.U.double(), truncation.S.double(), truncation.V.double()
+    M = U.T @ B0.double() + V.T @ A0.T.double()
+    rotation, triangle = torch.linalg.qr(M.T)
+    Q = (rotation * torch.where(triangle.diagonal() < 0, -1.0, 1.0)).T
+    root = (S / scaling).sqrt()
+    dtype = truncation.U.dtype
+    A, B = Q.T @ (root[:, None] * V.T), (U * root) @ Q
+    return Factors(A.to(dtype), B.to(dtype), scaling, truncation.info)
 
 
 def _scaled(factors: Factors, scaling: float) -> Factors:

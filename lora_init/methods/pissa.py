@@ -1,0 +1,101 @@
+"""Starts from the singular value decomposition of the weight: PiSSA and MiLoRA."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from lora_init.factors import Factors, LoraInitError
+from lora_init.methods import Layer, Method, Progress, register
+from lora_init.solve.bottom import smallest
+from lora_init.solve.krylov import Truncation, truncate
+
+
+@register
+@dataclass(frozen=True)
+class Pissa(Method):
+    """PiSSA: the r largest singular triplets, √S to each side; the base becomes the residual.
+
+    B = U√(S/s), A = √(S/s)Vᵀ: Meng et al., arXiv 2404.02948, section 3. The triplets come from
+    block Krylov iteration in about ten reads of W instead of a full SVD.
+
+    Options:
+        tol: the excess of ‖W − s·BA‖² over its minimum, relative to it, that is allowed.
+    """
+
+    name: ClassVar[str] = "pissa"
+    residual: ClassVar[bool] = True
+
+    tol: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.tol, float | int) and 0 < self.tol < math.inf):
+            raise LoraInitError(f"pissa: tol must be a number > 0, got {self.tol!r}")
+
+    def solve(
+        self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
+    ) -> list[Factors]:
+        truncations = truncate_layers(layers, self.tol, progress)
+        return [_split(layer, x) for layer, x in zip(layers, truncations, strict=True)]
+
+
+@register
+@dataclass(frozen=True)
+class Milora(Method):
+    """MiLoRA: as PiSSA with the r smallest singular triplets; the base becomes the residual.
+
+    Wang et al., arXiv 2406.09044. The last r of W's min(out, in) triplets.
+    """
+
+    name: ClassVar[str] = "milora"
+    residual: ClassVar[bool] = True
+    cached: ClassVar[bool] = True
+
+    def solve(
+        self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
+    ) -> list[Factors]:
+        with progress.bar(len(layers), "layer") as bar:
+            truncations = smallest(
+                [layer.weight for layer in layers],
+                [layer.r for layer in layers],
+                lambda _: bar.update(1),
+            )
+        return [_split(layer, x) for layer, x in zip(layers, truncations, strict=True)]
+
+
+def truncate_layers(
+    layers: Sequence[Layer], tol: float | None, progress: Progress
+) -> list[Truncation]:
+    """Every layer's leading r singular triplets, to `tol` (None: 1e-4); warns if it is missed."""
+    with progress.bar(len(layers), "layer") as bar:
+        truncations = truncate(
+            [layer.weight for layer in layers],
+            [layer.r for layer in layers],
+            [layer.generator() for layer in layers],
+            1e-4 if tol is None else tol,
+            advance=lambda _: bar.update(1),
+        )
+    for layer, truncation in zip(layers, truncations, strict=True):
+        if not truncation.info["converged"]:
+            warnings.warn(
+                f"{layer.name}: after {truncation.info['reads']} reads the loss is still an "
+                f"estimated {truncation.info['excess']:.1e} above its minimum, relative to it: "
+                f"raise tol",
+                stacklevel=2,
+            )
+    return truncations
+
+
+def _split(layer: Layer, truncation: Truncation) -> Factors:
+    """√(S/s) to each side; signs so that the largest entry of each column of U is positive."""
+    U, V = truncation.U, truncation.V
+    largest = U.gather(0, U.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
+    root = (truncation.S / layer.scaling).sqrt()
+    A, B = (V * sign * root).T.contiguous(), U * sign * root
+    return Factors(A, B, layer.scaling, truncation.info)

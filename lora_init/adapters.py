@@ -183,7 +183,7 @@ def _find_start(
 def _is_plain(start: Start, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the file holds [A_T; A₀], as initialised models save it, and not just A_T."""
     for name, layer in start.layers.items():
-        A = tensors.get(f"{MODEL_PREFIX}{name}.lora_A.weight")
+        A = tensors.get(adapter_key(name, "A"))
         r = layer.A0.shape[0]
         if A is None or A.shape[0] != 2 * r or not torch.equal(A[r:].float(), layer.A0.float()):
             return False
@@ -204,10 +204,7 @@ def _write_difference(
     trained = dict(tensors)
     current: dict[str, Tensor] = {}
     for name, layer in start.layers.items():
-        A, B, bias = (
-            trained.pop(f"{MODEL_PREFIX}{name}.{leaf}", None)
-            for leaf in ("lora_A.weight", "lora_B.weight", "lora_B.bias")
-        )
+        A, B, bias = (trained.pop(adapter_key(name, part), None) for part in ("A", "B", "bias"))
         if A is None or B is None:
             raise LoraInitError(
                 f"{name}: {checkpoint} has no LoRA for it, but the residual of {source} was made "
@@ -233,8 +230,7 @@ def _write_difference(
         )
     plain = plain_tensors(start, current)
     for (name, part), tensor in plain.items():
-        leaf = "lora_B.bias" if part == "bias" else f"lora_{part}.weight"
-        trained[f"{MODEL_PREFIX}{name}.{leaf}"] = tensor.contiguous()
+        trained[adapter_key(name, part)] = tensor.contiguous()
     exported = plain_config(config, {name: plain[name, "A"].shape[0] for name in start.layers})
     exported.base_model_name_or_path = start.base_model
     with staged(out, (CONFIG_FILE, ADAPTER_FILE)) as stage:

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora_init import engine
+from lora_init.adapters import ADAPTER_FILE, adapter_key
 from lora_init.cache import CacheOption, write_atomically
 from lora_init.checkpoints import SIDECAR, Checkpoint, Start, write_residual, write_start
 from lora_init.factors import Factors, LoraInitError
@@ -229,8 +230,8 @@ def _write_adapter(
     for layer, factors in zip(layers, stored, strict=True):
         for part, tensor in (("A", factors.A), ("B", factors.B)):
             dense = tensor.cpu().contiguous()
-            tensors[f"base_model.model.{layer.name}.lora_{part}.weight"] = dense
+            tensors[adapter_key(layer.name, part)] = dense
             current[f"{layer.name}.{part}"] = dense
-    write_atomically(directory / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    write_atomically(directory / ADAPTER_FILE, save(tensors, {"format": "pt"}))
     if start:
         write_start(directory, start, current)

@@ -140,8 +140,9 @@ def _read(chains: Sequence[_Chain]) -> None:
 def _each(function: Callable[[_Chain], S], chains: Sequence[_Chain]) -> list[S]:
     """function(chain) for every chain; in one worker where its operations are short."""
     small = all(chain.weight.numel() < _SMALL for chain in chains)
-    cost = lambda chain: chain.weight.numel()  # noqa: E731
-    return map_layers(function, chains, cost, workers=1 if small else None)
+    return map_layers(
+        function, chains, lambda chain: chain.weight.numel(), workers=1 if small else None
+    )
 
 
 class _Rows:

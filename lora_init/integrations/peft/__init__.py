@@ -107,7 +107,7 @@ def initialize(
     if chosen.residual:
         attach(model, adapter, start)
         notes.append(WEIGHT_DECAY_NOTE)
-        _warn_dropout(modules, stored, layers, adapter, reports)
+        _warn_dropout(modules, stored, layers, adapter)
     drift = None
     if example is not None and before is not None:
         drift = relative_drift(first_output(model, example), before)
@@ -166,9 +166,8 @@ def resume(
         check_untouched(model)
         modules = initialisable_modules(model, adapter, residual=True)
         check_same_layers(start, modules, adapter, checkpoint)
-        names = list(modules)
         layers = [
-            Layer(name, base_weight(modules[name]), modules[name].r[adapter]) for name in names
+            Layer(name, base_weight(module), module.r[adapter]) for name, module in modules.items()
         ]
         for layer, digest in zip(
             layers, map_layers(lambda layer: layer.digest, layers), strict=True
@@ -177,10 +176,9 @@ def resume(
             if digest != expected.base_digest:
                 raise LoraInitError(
                     f"{layer.name}: the base weight is not the one that {checkpoint} started from "
-                    "(it was "
-                    f"{expected.base_dtype}, this is "
-                    f"{str(layer.weight.dtype).removeprefix('torch.')}): load that "
-                    f"base model, in that dtype, with no other initialisation on it"
+                    f"(it was {expected.base_dtype}, this is "
+                    f"{str(layer.weight.dtype).removeprefix('torch.')}): load that base model, in "
+                    f"that dtype, with no other initialisation on it"
                 )
         factors = [
             Factors(x.A0.to(layer.weight.device), x.B0.to(layer.weight.device), x.scaling)
@@ -203,7 +201,6 @@ def _warn_dropout(
     stored: Sequence[Factors],
     layers: Sequence[Layer],
     adapter: str,
-    reports: Any,
 ) -> None:
     noisy = [
         (factors.drift_under_dropout(layer.weight, p), layer.name, p)
@@ -214,7 +211,6 @@ def _warn_dropout(
         drift, name, p = max(noisy)
         warnings.warn(
             f"lora_dropout={p:g} adds noise of {drift:.1%} to the output of {name} at step 0, "
-            "because s·B₀A₀ is no "
-            f"longer 0: set lora_dropout=0; and {WEIGHT_DECAY_NOTE}",
+            f"because s·B₀A₀ is no longer 0: set lora_dropout=0; and {WEIGHT_DECAY_NOTE}",
             stacklevel=3,
         )

@@ -57,8 +57,7 @@ class ResidualModel(PeftModel):
         if path_initial_model_for_weight_conversion is not None:
             raise LoraInitError(
                 "path_initial_model_for_weight_conversion is not needed: this model's "
-                "save_pretrained already "
-                "writes plain LoRA for the original base"
+                "save_pretrained already writes plain LoRA for the original base"
             )
         names = list(selected_adapters or self.peft_config)
         kwargs["save_embedding_layers"] = save_embedding_layers
@@ -93,8 +92,8 @@ class ResidualModel(PeftModel):
             known = ", ".join(self.lora_init_starts)
             raise LoraInitError(
                 f"adapter {adapter_name!r} cannot be added: this model's base is the residual of "
-                f"adapter {known}, so "
-                f"another one would be added to R instead of W; load it on the original base model"
+                f"adapter {known}, so another one would be added to R instead of W; load it on the "
+                f"original base model"
             )
         directory = Path(model_id) / (kwargs.get("subfolder") or "")
         start, current = read_start(directory)
@@ -108,8 +107,7 @@ class ResidualModel(PeftModel):
     def disable_adapter(self) -> Iterator[None]:
         warnings.warn(
             "with its adapter disabled this model computes its residual base R, not the pretrained "
-            "model: use the "
-            "original base model for that",
+            "model: use the original base model for that",
             stacklevel=3,
         )
         with super().disable_adapter():

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lora_init import cache as cache_module
-from lora_init.cache import CacheOption
+from lora_init.cache import Cache, CacheOption
 from lora_init.factors import Factors, LoraInitError, row_blocks
 from lora_init.methods import Layer, Method, Progress, resolve_method
 from lora_init.parallel import map_layers
+
+# On the CPU a layer is solved by one thread: larger groups gain nothing.
+_CPU_GROUP_BYTES = 1 << 30
+GroupBytes = int | Literal["auto"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,6 +35,7 @@ def approximate(
     seed: int = 0,
     cache: CacheOption = "auto",
     progress: bool | None = None,
+    group_bytes: GroupBytes = "auto",
     **options: Any,
 ) -> dict[str, Factors]:
     """Low-rank factors for a dict of weights, no model needed; all layers are solved concurrently.
@@ -43,6 +48,9 @@ def approximate(
         seed: with the layer's name it decides every random draw.
         cache: True, False, a directory, or "auto" (on for methods that descend).
         progress: True or False, or None for a bar on terminals only.
+        group_bytes: layers are solved in groups that need at most so much memory beyond their
+            weights; "auto" is half of what a GPU has free, and 1 GiB on the CPU. One layer is
+            always taken. Changes no bit of the result.
         options: of the method, if it was given by name.
 
     Returns:
@@ -63,7 +71,7 @@ def approximate(
         )
         for name, weight in weights.items()
     ]
-    return solve(layers, chosen, cache=cache, progress=progress)
+    return solve(layers, chosen, cache=cache, progress=progress, group_bytes=group_bytes)
 
 
 def solve(
@@ -72,16 +80,40 @@ def solve(
     *,
     cache: CacheOption = "auto",
     progress: bool | None = None,
+    group_bytes: GroupBytes = "auto",
 ) -> dict[str, Factors]:
-    """Factors for every layer by name, from the cache where they are there; see `approximate`.
-
-    `info` of each: `method`, `cached`, what the method resolved from statistics, and what its
-    solver reports.
-    """
+    """Factors for every layer by name, from the cache where they are there; see `approximate`."""
     check_layers(layers, method)
     store = cache_module.open_cache(cache, method)
     resolved = method.resolve(layers)
     factors: dict[str, Factors] = {}
+    for group in groups(layers, method, group_bytes):
+        part, options = [layers[i] for i in group], [resolved[i] for i in group]
+        solved = solve_group(part, method, options, store, Progress(method.name, progress))
+        factors |= {layer.name: x for layer, x in zip(part, solved, strict=True)}
+    return factors
+
+
+def solve_group(
+    layers: Sequence[Layer],
+    method: Method,
+    resolved: Sequence[dict[str, Any]],
+    store: Cache | None,
+    progress: Progress,
+) -> list[Factors]:
+    """Factors for some of a run's layers, all at once, from the cache where they are there.
+
+    Args:
+        resolved: theirs of `method.resolve`, which has seen all layers of the run.
+
+    Returns:
+        Factors whose `info` holds `method`, `cached`, what the method resolved from statistics,
+        and what its solver reports.
+
+    Raises:
+        LoraInitError: factors are not finite; what else was solved is in the cache.
+    """
+    found: list[Factors | None] = [None] * len(layers)
     keys: list[str] = []
     if store:
         keys = map_layers(
@@ -89,39 +121,72 @@ def solve(
             list(zip(layers, resolved, strict=True)),
             cost=lambda item: item[0].weight.numel(),
         )
-        for layer, key in zip(layers, keys, strict=True):
+        for i, (layer, key) in enumerate(zip(layers, keys, strict=True)):
             hit = store.get(key)
             if hit is not None:
                 device = layer.weight.device
-                factors[layer.name] = Factors(
-                    hit.A.to(device), hit.B.to(device), hit.scaling, hit.info | {"cached": True}
-                )
-    missing = [i for i, layer in enumerate(layers) if layer.name not in factors]
+                info = hit.info | {"cached": True}
+                found[i] = Factors(hit.A.to(device), hit.B.to(device), hit.scaling, info)
+    missing = [i for i, hit in enumerate(found) if hit is None]
     if missing:
         began = time.perf_counter()
         solved = method.solve(
-            [layers[i] for i in missing],
-            [resolved[i] for i in missing],
-            Progress(method.name, progress),
+            [layers[i] for i in missing], [resolved[i] for i in missing], progress
         )
         seconds = time.perf_counter() - began
         for i, result in zip(missing, solved, strict=True):
-            layer = layers[i]
             if not bool(torch.isfinite(result.A).all() and torch.isfinite(result.B).all()):
                 raise LoraInitError(
-                    f"{layer.name}: {method.name} gave factors that are not finite; it diverged: "
-                    "lower lr"
+                    f"{layers[i].name}: {method.name} gave factors that are not finite; it "
+                    f"diverged: lower lr"
                 )
-            info = (
-                {"method": method.name, "seconds": seconds}
-                | resolved[i]
-                | result.info
-                | {"cached": False}
-            )
-            factors[layer.name] = Factors(result.A, result.B, result.scaling, info)
+            info = {"method": method.name, "seconds": seconds} | resolved[i] | result.info
+            info["cached"] = False
+            found[i] = kept = Factors(result.A, result.B, result.scaling, info)
             if store:
-                store.put(keys[i], factors[layer.name])
-    return {layer.name: factors[layer.name] for layer in layers}
+                store.put(keys[i], kept)
+    return [factors for factors in found if factors is not None]
+
+
+def groups(
+    layers: Sequence[Layer], method: Method, group_bytes: GroupBytes = "auto"
+) -> list[list[int]]:
+    """Indices of consecutive layers that are solved at once: as many as `group_bytes` has room for.
+
+    One layer is always taken. No bit of a result depends on the groups.
+    """
+    limit = _limit(layers, group_bytes)
+    found: list[list[int]] = []
+    room = 0
+    for index, layer in enumerate(layers):
+        size = method.peak_bytes(layer)
+        if not found or size > room:
+            found.append([])
+            room = limit
+        found[-1].append(index)
+        room -= size
+    return found
+
+
+def peak_bytes(layers: Sequence[Layer], method: Method, group_bytes: GroupBytes = "auto") -> int:
+    """Memory beyond weights and factors that `solve` takes at most: known before a run starts."""
+    return max(
+        sum(method.peak_bytes(layers[i]) for i in group)
+        for group in groups(layers, method, group_bytes)
+    )
+
+
+def _limit(layers: Sequence[Layer], group_bytes: GroupBytes) -> int:
+    if group_bytes != "auto":
+        if not isinstance(group_bytes, int) or isinstance(group_bytes, bool) or group_bytes < 1:
+            raise LoraInitError(
+                f"group_bytes must be 'auto' or a whole number of bytes ≥ 1, got {group_bytes!r}"
+            )
+        return group_bytes
+    device = layers[0].weight.device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return _CPU_GROUP_BYTES
 
 
 def check_layers(layers: Sequence[Layer], method: Method) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_init.factors import Factors, LoraInitError, weight_digest
+from lora_init.factors import Factors, LoraInitError, row_blocks, weight_digest
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,33 @@ class Layer:
         """SHA-256 of the weight: part of the cache key, and how a resumed run knows its base."""
         return weight_digest(self.weight)
 
+    @cached_property
+    def moments(self) -> tuple[float, float]:
+        """W's mean and sample standard deviation (0 for one element), in fp64 by row blocks."""
+        weight, count = self.weight, self.weight.numel()
+        first = float(weight[0, 0])  # taken off, so that a constant W has a deviation of exactly 0
+
+        def total(power: int, centre: float) -> float:
+            # Contiguous: one order of summation whatever the strides.
+            blocks = (weight[rows].to(torch.float64).contiguous() for rows in row_blocks(weight))
+            return math.fsum(float((block - centre).pow_(power).sum()) for block in blocks)
+
+        mean = first + total(1, first) / count
+        return mean, math.sqrt(total(2, mean) / max(1, count - 1))
+
+    def without_weight(self) -> Layer:
+        """This layer and what was measured of its weight, whose values it lets go (they are on the
+        meta device): for runs that hold few weights at a time.
+        """
+        return self.with_weight(self.weight.to("meta"))
+
+    def with_weight(self, weight: Tensor) -> Layer:
+        """This layer and what was measured of it, with its weight's values."""
+        twin = dataclasses.replace(self, weight=weight)
+        measured = {key: value for key, value in vars(self).items() if key not in vars(twin)}
+        vars(twin).update(measured)
+        return twin
+
     def generator(self) -> torch.Generator:
         """A CPU generator seeded by (seed, name) alone, so that draws depend on nothing else in the
         run.
@@ -74,9 +102,13 @@ class Method(ABC):
 
     def resolve(self, layers: Sequence[Layer]) -> list[dict[str, Any]]:
         """Per-layer options from statistics over *all* layers (they enter the info and the cache
-        key).
+        key). Layers of a streamed run have no weights here, only their `moments` and `digest`.
         """
         return [{} for _ in layers]
+
+    def peak_bytes(self, layer: Layer) -> int:
+        """Memory beyond its weight that `solve` takes for a layer: what groups are formed by."""
+        return 8 * layer.r * sum(layer.weight.shape)
 
     @abstractmethod
     def solve(

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_init.factors import Factors, LoraInitError, row_blocks
+from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Progress, register
 from lora_init.methods.pissa import truncate_layers
 from lora_init.ops.descend import Optimizer
 from lora_init.parallel import map_layers, single_threaded
-from lora_init.solve.descent import Stopping, descent
+from lora_init.solve import krylov
+from lora_init.solve.descent import Stopping, descent, descent_bytes
 from lora_init.solve.krylov import Truncation
 
 Draw = Callable[[Tensor, torch.Generator], object]
@@ -111,7 +112,9 @@ class IniLora(Method):
     def resolve(self, layers: Sequence[Layer]) -> list[dict[str, Any]]:
         if self.init not in _FROM_WEIGHTS:
             return [{} for _ in layers]
-        moments = map_layers(_mean_and_std, layers, cost=lambda layer: layer.weight.numel())
+        moments = map_layers(
+            lambda layer: layer.moments, layers, cost=lambda layer: layer.weight.numel()
+        )
         groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
         keys = [layer.module_type if self.init == "per_type" else "all" for layer in layers]
         for key, moment in zip(keys, moments, strict=True):
@@ -132,6 +135,11 @@ class IniLora(Method):
             else:
                 resolved[key] = {"mean": mean, "sigma": sigma}
         return [resolved[key] for key in keys]
+
+    def peak_bytes(self, layer: Layer) -> int:
+        if self.solver == "krylov":
+            return krylov.peak_bytes(layer.weight, layer.r)
+        return descent_bytes(layer.weight, layer.r)
 
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
@@ -275,20 +283,6 @@ def _gauged(scaling: float, truncation: Truncation, A0: Tensor, B0: Tensor) -> F
 def _scaled(factors: Factors, scaling: float) -> Factors:
     root = math.sqrt(scaling)
     return dataclasses.replace(factors, A=factors.A / root, B=factors.B / root, scaling=scaling)
-
-
-def _mean_and_std(layer: Layer) -> tuple[float, float]:
-    """W's mean and sample standard deviation (0 for one element), in fp64 by row blocks."""
-    weight, count = layer.weight, layer.weight.numel()
-    first = float(weight[0, 0])  # taken off, so that a constant W has a deviation of exactly 0
-
-    def total(power: int, centre: float) -> float:
-        # Contiguous: one order of summation whatever the strides.
-        blocks = (weight[rows].to(torch.float64).contiguous() for rows in row_blocks(weight))
-        return math.fsum(float((block - centre).pow_(power).sum()) for block in blocks)
-
-    mean = first + total(1, first) / count
-    return mean, math.sqrt(total(2, mean) / max(1, count - 1))
 
 
 def _check_choice(method: str, option: str, value: object, choices: Sequence[str]) -> None:

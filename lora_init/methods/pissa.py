@@ -12,7 +12,7 @@ import torch
 
 from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Progress, register
-from lora_init.solve.bottom import smallest
+from lora_init.solve import bottom, krylov
 from lora_init.solve.krylov import Truncation, truncate
 
 
@@ -37,6 +37,9 @@ class Pissa(Method):
         if not (isinstance(self.tol, float | int) and 0 < self.tol < math.inf):
             raise LoraInitError(f"pissa: tol must be a number > 0, got {self.tol!r}")
 
+    def peak_bytes(self, layer: Layer) -> int:
+        return krylov.peak_bytes(layer.weight, layer.r)
+
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
@@ -56,11 +59,14 @@ class Milora(Method):
     residual: ClassVar[bool] = True
     cached: ClassVar[bool] = True
 
+    def peak_bytes(self, layer: Layer) -> int:
+        return bottom.peak_bytes(layer.weight)
+
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
         with progress.bar(len(layers), "layer") as bar:
-            truncations = smallest(
+            truncations = bottom.smallest(
                 [layer.weight for layer in layers],
                 [layer.r for layer in layers],
                 lambda _: bar.update(1),

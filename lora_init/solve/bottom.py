@@ -48,6 +48,15 @@ def smallest(
     return results
 
 
+def peak_bytes(weight: Tensor) -> int:
+    """Memory beyond the weight that `smallest` takes for a layer.
+
+    W in fp64, its Gram matrix, the eigenvectors, and twice as much again inside LAPACK.
+    """
+    small, large = sorted(weight.shape)
+    return 8 * small * (large + 4 * small)
+
+
 def _smallest(weight: Tensor, r: int) -> Truncation:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     tall = weight.shape[0] > weight.shape[1]

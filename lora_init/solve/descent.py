@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_init.factors import Factors
 from lora_init.ops.descend import DescentState, Optimizer, descend
+from lora_init.ops.dual_project import product_dtype
 from lora_init.parallel import map_layers
 
 # The true loss costs a few steps' worth of work, so this many points add a few per cent.
@@ -90,6 +91,17 @@ def descent(
         )
         for i, (a, b, trace) in enumerate(zip(state.A, state.B, traces, strict=True))
     ]
+
+
+def descent_bytes(weight: Tensor, r: int) -> int:
+    """Memory beyond the weight that `descent` takes for a layer.
+
+    Start, parameters, two moments, gradient and scratch, and on the CPU the weight in the dtype of
+    its factors where that is another.
+    """
+    itemsize = product_dtype(weight).itemsize
+    converted = weight.numel() * itemsize if weight.element_size() < itemsize else 0
+    return 6 * r * sum(weight.shape) * itemsize + converted
 
 
 def _losses(weights: Sequence[Tensor], state: DescentState) -> list[float]:

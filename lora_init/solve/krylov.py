@@ -60,7 +60,6 @@ def truncate(
     generators: Sequence[torch.Generator],
     tol: float = 1e-4,
     max_reads: int = 30,
-    group_bytes: int = 1 << 30,
     advance: Callable[[int], None] | None = None,
 ) -> list[Truncation]:
     """The leading r singular triplets of every weight, each as exactly as `tol` asks.
@@ -74,27 +73,20 @@ def truncate(
         generators: on the CPU, one per weight; decide the random starts.
         tol: of (loss − minimum) / max(minimum, 1e-6·‖W‖²).
         max_reads: where to give up; `info["converged"]` is then False.
-        group_bytes: layers are taken in groups that need at most so much memory beyond their
-            weights, by `peak_bytes`; one layer is always taken. Changes no bit of the result.
         advance: told of each layer that is done, by its index.
     """
     began = time.perf_counter()
-    truncations: list[Truncation] = []
-    sizes = [peak_bytes(weight, r) for weight, r in zip(weights, ranks, strict=True)]
-    for group in _groups(sizes, group_bytes):
-        chains = map_layers(lambda i: _Chain(weights[i], ranks[i], generators[i]), group)
-        running = dict(zip(group, chains, strict=True))
-        while running:
-            _read(list(running.values()))
-            for i, chain in list(running.items()):
-                if chain.reads >= _MIN_READS and (
-                    chain.excess() <= tol or chain.reads >= max_reads
-                ):
-                    del running[i]
-                    if advance:
-                        advance(i)
-            _each(lambda chain: chain.expand(), list(running.values()))
-        truncations += _each(lambda chain: chain.truncation(tol), chains)
+    chains = map_layers(lambda i: _Chain(weights[i], ranks[i], generators[i]), range(len(weights)))
+    running = dict(enumerate(chains))
+    while running:
+        _read(list(running.values()))
+        for i, chain in list(running.items()):
+            if chain.reads >= _MIN_READS and (chain.excess() <= tol or chain.reads >= max_reads):
+                del running[i]
+                if advance:
+                    advance(i)
+        _each(lambda chain: chain.expand(), list(running.values()))
+    truncations = _each(lambda chain: chain.truncation(tol), chains)
     seconds = time.perf_counter() - began
     for truncation in truncations:
         truncation.info["seconds"] = seconds
@@ -109,19 +101,6 @@ def peak_bytes(weight: Tensor, r: int, reads: int = 12) -> int:
     """
     rows = min(r + OVERSAMPLING, *weight.shape) * reads
     return 2 * rows * sum(weight.shape) * (product_dtype(weight).itemsize + 8)
-
-
-def _groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Consecutive indices, as many as fit `limit` together."""
-    groups: list[list[int]] = []
-    room = 0
-    for index, size in enumerate(sizes):
-        if not groups or size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(index)
-        room -= size
-    return groups
 
 
 def _read(chains: Sequence[_Chain]) -> None:

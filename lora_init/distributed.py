@@ -1,0 +1,111 @@
+"""Layers over the ranks of a torch.distributed job: who does what, and one error for all of them.
+
+Everything that is exchanged is small and lives on the CPU, so it goes through a gloo group whatever
+the job's own backend is.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lora_init.factors import LoraInitError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share the work; alone by default.
+
+    Methods that exchange must be called on every rank, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def owners(self, costs: Sequence[int]) -> list[int]:
+        """The rank of every item: costliest first, each to the rank with the least to do."""
+        loads = [(0, rank) for rank in range(self.size)]
+        owner = [0] * len(costs)
+        for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            load, rank = heapq.heappop(loads)
+            owner[item] = rank
+            heapq.heappush(loads, (load + costs[item], rank))
+        return owner
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank.
+
+        Raises:
+            LoraInitError: another process of the job is gone.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _alive():
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite a dense CPU tensor with that of rank `source`; raises as `gather` does."""
+        if self.size > 1:
+            with _alive():
+                dist.broadcast(tensor, group=self.group, group_src=source)
+
+    def together(self, function: Callable[[], T]) -> T:
+        """function(), after which all ranks go on or all raise.
+
+        Raises:
+            LoraInitError: it failed on another rank. The rank itself raises its own exception.
+        """
+        failure: Exception | None = None
+        result: Any = None
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+        messages = self.gather(failure and (str(failure) or repr(failure)))
+        if failure:
+            raise failure
+        for rank, message in enumerate(messages):
+            if message:
+                raise LoraInitError(f"rank {rank}: {message}")
+        return result
+
+
+@contextmanager
+def ranks(shared: bool = True) -> Iterator[Ranks]:
+    """The ranks of the torch.distributed job that this process is in; this one alone if it is in
+    none, or if not `shared`.
+    """
+    if not (shared and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        yield Ranks()
+        return
+    group = dist.group.WORLD
+    own = dist.get_backend() != dist.Backend.GLOO
+    if own:
+        group = dist.new_group(backend=dist.Backend.GLOO)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        if own:
+            dist.destroy_process_group(group)
+
+
+@contextmanager
+def _alive() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo: the connection was closed by its peer
+        raise LoraInitError(
+            f"another process of this job is gone or does not answer ({error}): see its own "
+            f"message, and start the job again"
+        ) from error

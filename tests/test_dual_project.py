@@ -54,8 +54,9 @@ def check(pair: tuple[Tensor, Tensor], weight: Tensor, A: Tensor, B: Tensor, lab
     wide = torch.float64 if torch.float64 in (weight.dtype, A.dtype, B.dtype) else torch.float32
     w, a, b = (t.to(wide) for t in (weight, A, B))
     left, right = pair
-    assert_accurate(left, product(w, a.T), w @ a.T, (a @ w.T).T, label=f"{label}: W Aᵀ")
-    assert_accurate(right, product(b.T, w), b.T @ w, (w.T @ b).T, label=f"{label}: Bᵀ W")
+    for name, actual, x, y in (("W Aᵀ", left, w, a.T), ("Bᵀ W", right, b.T, w)):
+        expressions, terms = (x @ y, (y.T @ x.T).T), product(x.abs(), y.abs())
+        assert_accurate(actual, product(x, y), *expressions, terms=terms, label=f"{label}: {name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,7 +21,7 @@ from lora_init.methods import Layer, Method
 
 # Part of every key: raise it when the same inputs would give other factors or the file changes
 # shape.
-_FORMAT = 1
+_FORMAT = 2
 _ENVIRONMENT_VARIABLE = "LORA_INIT_CACHE_DIR"
 
 CacheOption = bool | str | os.PathLike[str]
@@ -38,33 +38,14 @@ class Cache:
         """The stored factors, or None if absent; a damaged or foreign file warns and counts as
         absent.
         """
-        path = self._path(key)
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                text, digest = file.metadata()["lora_init"], file.metadata()["digest"]
-                A, B = file.get_tensor("A"), file.get_tensor("B")
-            meta = json.loads(text)
-            if meta["key"] != key or digest != _digest(text, A, B):
-                raise ValueError("its content is not what was stored")
-            return Factors(A, B, meta["scaling"], meta["info"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(
-                f"cache file {path} is unusable and will be recomputed ({error})", stacklevel=2
-            )
-            return None
+        return read_entry(self._path(key), key)
 
     def put(self, key: str, factors: Factors) -> None:
         """Store factors; a full or read-only disk warns, because the factors themselves are not
         lost.
         """
-        A, B = factors.A.contiguous().cpu(), factors.B.contiguous().cpu()
-        text = json.dumps({"key": key, "scaling": factors.scaling, "info": factors.info})
-        meta = {"lora_init": text, "digest": _digest(text, A, B)}
-        content = save({"A": A, "B": B}, meta)
         try:
-            write_atomically(self._path(key), content)
+            write_entry(self._path(key), key, factors)
         except OSError as error:
             warnings.warn(
                 f"could not write to the cache {self.directory} ({error}): not cached", stacklevel=2
@@ -91,6 +72,33 @@ class Cache:
 def default_directory() -> Path:
     """`LORA_INIT_CACHE_DIR`, or the user's cache directory of this platform."""
     return Path(os.environ.get(_ENVIRONMENT_VARIABLE) or platformdirs.user_cache_dir("lora-init"))
+
+
+def read_entry(path: Path, key: str) -> Factors | None:
+    """The factors that `write_entry` stored under this key, or None if there are none; a damaged or
+    foreign file warns and counts as absent.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            text, digest = file.metadata()["lora_init"], file.metadata()["digest"]
+            A, B = file.get_tensor("A"), file.get_tensor("B")
+        meta = json.loads(text)
+        if meta["key"] != key or digest != _digest(text, A, B):
+            raise ValueError("its content is not what was stored")
+        return Factors(A, B, meta["scaling"], meta["info"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path} is unusable and will be recomputed ({error})", stacklevel=3)
+        return None
+
+
+def write_entry(path: Path, key: str, factors: Factors) -> None:
+    """Store factors in a file of their own, atomically, with a digest of all that it holds."""
+    A, B = factors.A.contiguous().cpu(), factors.B.contiguous().cpu()
+    text = json.dumps({"key": key, "scaling": factors.scaling, "info": factors.info})
+    meta = {"lora_init": text, "digest": _digest(text, A, B)}
+    write_atomically(path, save({"A": A, "B": B}, meta))
 
 
 def open_cache(option: CacheOption, method: Method) -> Cache | None:

@@ -6,6 +6,7 @@ bits either way.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -155,11 +156,17 @@ def groups(
 
     One layer is always taken. No bit of a result depends on the groups.
     """
-    limit = _limit(layers, group_bytes)
+    return pack(
+        [method.peak_bytes(layer) for layer in layers],
+        group_limit(layers[0].weight.device, group_bytes),
+    )
+
+
+def pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of consecutive items whose sizes add up to `limit` at most, or of one larger item."""
     found: list[list[int]] = []
     room = 0
-    for index, layer in enumerate(layers):
-        size = method.peak_bytes(layer)
+    for index, size in enumerate(sizes):
         if not found or size > room:
             found.append([])
             room = limit
@@ -176,17 +183,21 @@ def peak_bytes(layers: Sequence[Layer], method: Method, group_bytes: GroupBytes 
     )
 
 
-def _limit(layers: Sequence[Layer], group_bytes: GroupBytes) -> int:
+def group_limit(
+    device: torch.device, group_bytes: GroupBytes, on_cpu: int = _CPU_GROUP_BYTES
+) -> int:
+    """`group_bytes` in bytes, "auto" being `on_cpu` or half of what a GPU has free.
+
+    Raises:
+        LoraInitError: it is neither "auto" nor a whole number of bytes.
+    """
     if group_bytes != "auto":
         if not isinstance(group_bytes, int) or isinstance(group_bytes, bool) or group_bytes < 1:
             raise LoraInitError(
                 f"group_bytes must be 'auto' or a whole number of bytes ≥ 1, got {group_bytes!r}"
             )
         return group_bytes
-    device = layers[0].weight.device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return _CPU_GROUP_BYTES
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else on_cpu
 
 
 def check_layers(layers: Sequence[Layer], method: Method) -> None:
@@ -221,13 +232,7 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
             raise LoraInitError(
                 f"{name}: the scaling must be a number > 0, got {scaling!r} (see lora_alpha)"
             )
-    finite = map_layers(
-        lambda layer: all(
-            bool(torch.isfinite(layer.weight[rows]).all()) for rows in row_blocks(layer.weight)
-        ),
-        layers,
-        cost=lambda layer: layer.weight.numel(),
-    )
+    finite = map_layers(_is_finite, layers, cost=lambda layer: layer.weight.numel())
     for layer, good in zip(layers, finite, strict=True):
         if not good:
             bad = int((~torch.isfinite(layer.weight)).sum())
@@ -236,6 +241,13 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
                 "repair the checkpoint, or "
                 f"leave the layer out of target_modules"
             )
+
+
+def _is_finite(layer: Layer) -> bool:
+    # Only a finite energy is final: its squares overflow before W does.
+    return math.isfinite(layer.energy) or all(
+        bool(torch.isfinite(layer.weight[rows]).all()) for rows in row_blocks(layer.weight)
+    )
 
 
 def _per_layer(value: Any | Mapping[str, Any], name: str, what: str) -> Any:

@@ -57,17 +57,18 @@ def map_nested(
     with single_threaded() as available:
         threads = min(available, workers or available)
         lanes = threads // max(1, len(items))
+        order = (
+            sorted(range(len(items)), key=lambda i: -cost(items[i])) if cost else range(len(items))
+        )
+        if threads == 1:
+            results = {i: detached(function)(items[i], map) for i in order}
+            return [results[i] for i in range(len(items))]
         with _pool(min(threads, len(items))) as outer, _pool(lanes * len(items)) as parts:
 
             def spread(call: Callable[[Any], Any], its_parts: Iterable[Any]) -> Iterable[Any]:
                 return parts.map(detached(call), its_parts)
 
             inner: Map = spread if lanes > 1 else map
-            order = (
-                sorted(range(len(items)), key=lambda i: -cost(items[i]))
-                if cost
-                else range(len(items))
-            )
             # In a copy of the caller's context, so that `with backend(...)` reaches the workers.
             futures = {
                 i: outer.submit(copy_context().run, detached(function), items[i], inner)

@@ -10,7 +10,8 @@ from torch import nn
 
 import lora_init
 from lora_init import LoraInitError
-from lora_init.solve.krylov import FLOOR, truncate
+from lora_init.solve import krylov
+from lora_init.solve.krylov import FLOOR
 from lora_init.testing import misaligned, transposed
 
 
@@ -50,6 +51,11 @@ SPECTRA = {
 
 def seeded(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def truncate(weights, ranks, generators, *args, **options):
+    energies = [float(weight.double().square().sum()) for weight in weights]
+    return krylov.truncate(weights, ranks, generators, energies, *args, **options)
 
 
 def excess(weight: torch.Tensor, product: torch.Tensor, r: int) -> float:
@@ -241,8 +247,8 @@ def test_pissa_and_milora_together_rebuild_the_weight(name):
 
 def test_giving_up_is_said():
     generators = seeded(1)
-    (result,) = truncate([gaussian(300, 300)], [8], generators, max_reads=4)
-    assert result.info["reads"] == 4
+    (result,) = truncate([gaussian(300, 300)], [8], generators, max_reads=5)
+    assert result.info["reads"] == 5
     assert not result.info["converged"]
 
 

@@ -23,12 +23,14 @@ PRIORITY = 0
 
 S = TypeVar("S")
 
-# A row block of 2¹⁸ fp32 elements (1 MB) is read once from memory and a second time from the L2/L3
+# A row block of 2¹⁹ fp32 elements (2 MB) is read once from memory and a second time from the L2/L3
 # cache.
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 19
 # The same GEMM gives other bits when its operands are aligned differently; a mapped safetensors
 # file is often 8 mod 16, torch's own allocations are multiples of 64.
 _ALIGNMENT = 64
+# So many rows keep every block of an aligned matrix aligned, whatever its number of columns.
+_ALIGNED_ROWS = 32
 
 
 def why_unsupported(op: str, *args: Any) -> str | None:
@@ -40,7 +42,8 @@ def dual_project(
 ) -> list[tuple[Tensor, Tensor]]:
     def one(i: int, inner: Map) -> tuple[Tensor, Tensor]:
         dtype = product_dtype(group[i], A[i], B[i])
-        weight, a, bt = (_operand(t, dtype) for t in (group[i], A[i], B[i].T))
+        weight = group[i].detach()
+        a, bt = (_operand(t, dtype) for t in (A[i], B[i].T))
         left, right = (
             a.new_empty(a.shape[0], weight.shape[0]),
             a.new_empty(bt.shape[0], weight.shape[1]),
@@ -140,34 +143,38 @@ def _products(
     weight: Tensor, a: Tensor, bt: Tensor, left: Tensor, right: Tensor, inner: Map
 ) -> None:
     """left (p, out) = A Wᵀ and right (q, in) = Bᵀ W by row blocks, so that W comes from cache the
-    second time.
+    second time, and a copy in another dtype never from memory.
     """
-    blocks = _row_blocks(weight)
+    # One product has W in cache once anyway, and is faster for every block less.
+    single = weight.dtype == a.dtype and not (len(a) and len(bt))
+    blocks = _row_blocks(weight, 8 * _BLOCK_ELEMENTS if single else _BLOCK_ELEMENTS)
     if len(blocks) == 1:
-        torch.mm(a, weight.T, out=left)
-        torch.mm(bt, weight, out=right)
+        block = _operand(weight, a.dtype)
+        torch.mm(a, block.T, out=left)
+        torch.mm(bt, block, out=right)
         return
 
     def one(rows: slice) -> Tensor:
-        torch.mm(a, weight[rows].T, out=left[:, rows])
-        return bt[:, rows] @ weight[rows]
+        block = _operand(weight[rows], a.dtype)
+        torch.mm(a, block.T, out=left[:, rows])
+        return bt[:, rows] @ block
 
     right.zero_()
     for partial in inner(one, blocks):
         right.add_(partial)
 
 
-def _row_blocks(weight: Tensor) -> list[slice]:
+def _row_blocks(weight: Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
     rows, columns = weight.shape
-    count = max(1, rows * columns // _BLOCK_ELEMENTS)
-    step = max(1, -(-rows // count))
+    count = max(1, rows * columns // elements)
+    step = -(-rows // count)
+    if count > 1:
+        step = -(-step // _ALIGNED_ROWS) * _ALIGNED_ROWS
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`, dense and aligned; itself where it already is (a copy lives only while
-    its layer runs).
-    """
+    """`tensor` in `dtype`, dense and aligned; itself where it already is."""
     tensor = tensor.detach()
     if tensor.dtype != dtype or not tensor.is_contiguous():
         return tensor.to(dtype).contiguous()

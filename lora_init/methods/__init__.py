@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lora_init.factors import Factors, LoraInitError, row_blocks, weight_digest
+from lora_init.ops.dual_project import product_dtype
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ class Layer:
     def digest(self) -> str:
         """SHA-256 of the weight: part of the cache key, and how a resumed run knows its base."""
         return weight_digest(self.weight)
+
+    @cached_property
+    def energy(self) -> float:
+        """‖W‖²_F; not finite if a weight is not, or if the squares overflow. Summed by rows: exact
+        enough, in one fast pass.
+        """
+        norms = torch.linalg.vector_norm(self.weight, dim=1, dtype=product_dtype(self.weight))
+        return float(norms.to(torch.float64).square().sum())
 
     @cached_property
     def moments(self) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 
 from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Progress, register
+from lora_init.parallel import map_layers
 from lora_init.solve import bottom, krylov
 from lora_init.solve.krylov import Truncation, truncate
 
@@ -83,6 +84,7 @@ def truncate_layers(
             [layer.weight for layer in layers],
             [layer.r for layer in layers],
             [layer.generator() for layer in layers],
+            map_layers(lambda layer: layer.energy, layers),
             1e-4 if tol is None else tol,
             advance=lambda _: bar.update(1),
         )

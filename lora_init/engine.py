@@ -85,14 +85,39 @@ def solve(
 ) -> dict[str, Factors]:
     """Factors for every layer by name, from the cache where they are there; see `approximate`."""
     check_layers(layers, method)
-    store = cache_module.open_cache(cache, method)
-    resolved = method.resolve(layers)
-    factors: dict[str, Factors] = {}
-    for group in groups(layers, method, group_bytes):
-        part, options = [layers[i] for i in group], [resolved[i] for i in group]
-        solved = solve_group(part, method, options, store, Progress(method.name, progress))
-        factors |= {layer.name: x for layer, x in zip(part, solved, strict=True)}
-    return factors
+    factors = solve_resolved(
+        layers,
+        method,
+        method.resolve(layers),
+        cache=cache,
+        progress=progress,
+        group_bytes=group_bytes,
+    )
+    return {layer.name: x for layer, x in zip(layers, factors, strict=True)}
+
+
+def solve_resolved(
+    layers: Sequence[Layer],
+    method: Method,
+    resolved: Sequence[dict[str, Any]],
+    *,
+    cache: CacheOption,
+    progress: bool | None,
+    group_bytes: GroupBytes,
+) -> list[Factors]:
+    """Factors for some of a run's layers, checked before, in groups that fit memory.
+
+    Args:
+        resolved: theirs of `method.resolve`, which has seen all layers of the run.
+    """
+    store, bars = cache_module.open_cache(cache, method), Progress(method.name, progress)
+    return [
+        factors
+        for group in groups(layers, method, group_bytes)
+        for factors in solve_group(
+            [layers[i] for i in group], method, [resolved[i] for i in group], store, bars
+        )
+    ]
 
 
 def solve_group(
@@ -102,10 +127,7 @@ def solve_group(
     store: Cache | None,
     progress: Progress,
 ) -> list[Factors]:
-    """Factors for some of a run's layers, all at once, from the cache where they are there.
-
-    Args:
-        resolved: theirs of `method.resolve`, which has seen all layers of the run.
+    """Factors for one group of layers, all at once, from the cache where they are there.
 
     Returns:
         Factors whose `info` holds `method`, `cached`, what the method resolved from statistics,

@@ -99,13 +99,13 @@ def truncate(
     return [found[i] for i in range(len(weights))]
 
 
-def peak_bytes(weight: Tensor, r: int, reads: int = 14) -> int:
-    """Memory beyond the weight that `truncate` takes for a layer after so many reads.
+def peak_bytes(weight: Tensor, r: int, max_reads: int = 30) -> int:
+    """Memory beyond the weight that `truncate` takes for a layer at most.
 
-    A block a read in the basis of one side, its products in fp64, and as much room again for
-    growth. 14 reads suffice at the default tolerance but for flat spectra.
+    A block a read in the basis of one side, its products in fp64, and as much room again while
+    these grow.
     """
-    rows, itemsize = _width(weight, r) * -(-reads // 2), product_dtype(weight).itemsize
+    rows, itemsize = _width(weight, r) * -(-max_reads // 2), product_dtype(weight).itemsize
     return 2 * rows * sum(weight.shape) * (itemsize + 8)
 
 
@@ -171,7 +171,7 @@ class _Rows:
         end = self._count + rows.shape[1]
         if end > self._buffer.shape[1]:
             batch, _, columns = self._buffer.shape
-            grown = self._buffer.new_empty(batch, 2 * end, columns)
+            grown = self._buffer.new_empty(batch, end + end // 2, columns)
             grown[:, : self._count] = self.all
             self._buffer = grown
         self._buffer[:, self._count : end] = rows

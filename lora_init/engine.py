@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_init import cache as cache_module
+from lora_init import selftest
 from lora_init.cache import Cache, CacheOption
 from lora_init.factors import Factors, LoraInitError, row_blocks
 from lora_init.methods import Layer, Method, Progress, resolve_method
@@ -85,6 +86,7 @@ def solve(
 ) -> dict[str, Factors]:
     """Factors for every layer by name, from the cache where they are there; see `approximate`."""
     check_layers(layers, method)
+    selftest.ensure(layer.weight.device for layer in layers)
     factors = solve_resolved(
         layers,
         method,

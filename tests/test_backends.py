@@ -58,7 +58,8 @@ def test_every_backend_has_the_contract() -> None:
 def test_auto_takes_the_first_that_can_and_logs_why_not(
     picky: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert list(available()) == ["picky", "reference"]
+    assert next(iter(available())) == "picky"
+    assert [*available()][-1] == "reference"
     assert dual_project([W], [A], [B]) == ["picky"]
     with caplog.at_level(logging.DEBUG, logger="lora_init.backends"):
         assert select("dual_project", [W[:2]], [A], [B[:2]], "full").NAME == "reference"
@@ -75,7 +76,7 @@ def test_the_one_asked_for_runs_or_raises_with_the_reason(picky: None) -> None:
 
 
 def test_an_op_that_none_has_says_what_each_lacks(picky: None) -> None:
-    with pytest.raises(BackendError, match=r"cannot: picky: is picky; reference: .*'cannot'"):
+    with pytest.raises(BackendError, match=r"cannot: picky: is picky; .*reference: .*'cannot'"):
         select("cannot")
 
 

@@ -4,10 +4,13 @@ A backend is a module in this package with
 
 - `NAME`, `PRIORITY` (higher is tried first by `auto`),
 - `why_unsupported(op, *args) -> str | None`: the reason it cannot run this call, or None,
-- one function per op it has, named like the op (`dual_project`, `descend`, ...).
+- one function per op it has, named like the op (`dual_project`, `descend`, ...);
+- of one with kernels, `fingerprint()`, which changes when they do and has it self-tested, and
+  `VERIFIED`, the ops that a committed result shows running on a GPU.
 
 An explicitly asked-for backend (`LORA_INIT_BACKEND`, `with backend(name)`) runs or raises with the
-reason; only `auto` falls through to the next one, and logs why at DEBUG.
+reason; only `auto` falls through to the next one, and logs why at DEBUG. What failed its self-test
+on a device (`lora_init.selftest`) is refused there, asked for or not.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import importlib
 import logging
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol, cast
+
+import torch
 
 from lora_init.factors import LoraInitError
 
@@ -28,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "LORA_INIT_BACKEND"
 _forced: ContextVar[str | None] = ContextVar("lora_init_backend", default=None)
+# (backend, op, device) -> what its self-test found.
+_distrusted: dict[tuple[str, str, torch.device], str] = {}
 
 
 class Backend(Protocol):
@@ -73,20 +80,84 @@ def select(op: str, *args: Any) -> Backend:
     Raises:
         BackendError: the one asked for is unknown or cannot run the call, or none can.
     """
-    asked = _forced.get()
-    if asked is None:
-        asked = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        _check_name(asked, ENVIRONMENT_VARIABLE)
-    backends = available()
-    candidates = backends.values() if asked == "auto" else [backends[asked]]
     reasons = []
-    for candidate in candidates:
-        reason = candidate.why_unsupported(op, *args)
+    for candidate in _candidates(_asked()):
+        reason = _why_not(candidate, op, args)
         if reason is None:
             return candidate
         reasons.append(f"{candidate.NAME}: {reason}")
         logger.debug("%s does not run on %s", op, reasons[-1])
     raise BackendError(f"no backend can run {op}: " + "; ".join(reasons))
+
+
+def explain(op: str, *args: Any) -> str:
+    """Which backend runs a call of `op`, and why the others do not: one line each, first choice
+    first.
+
+    Args:
+        op: "dual_project", "descend" or "lora_linear".
+        args: as backends get them: (group, A, B, precision) for "dual_project", (group, state,
+            steps) for "descend", (x, R, A, B) for "lora_linear".
+
+    Raises:
+        BackendError: the backend that was asked for is unknown.
+    """
+    asked = _asked()
+    lines, chosen = [], False
+    for candidate in _candidates(asked):
+        reason = _why_not(candidate, op, args)
+        if reason is None and not chosen:
+            chosen, note = True, "" if candidate.PRIORITY == 0 else f" ({_standing(candidate, op)})"
+            reason = f"runs {op}{note}"
+        lines.append(f"{candidate.NAME}: {reason or 'could, but comes later'}")
+    how = "the first that can is taken" if asked == "auto" else f"{asked!r} was asked for"
+    return "\n".join([f"{op}: {how}", *lines])
+
+
+def distrust(name: str, op: str, device: torch.device, reason: str) -> bool:
+    """Have backend `name` refused for `op` on a device, for this process' life; whether it was not
+    yet.
+    """
+    known = (name, op, device) in _distrusted
+    _distrusted[name, op, device] = reason
+    return not known
+
+
+def device_of(args: Sequence[Any]) -> torch.device | None:
+    """Where a call's tensors are: the device of the first that is found."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device
+        if isinstance(arg, list | tuple) and (found := device_of(arg)) is not None:
+            return found
+    return None
+
+
+def _standing(candidate: Backend, op: str) -> str:
+    verified = op in getattr(candidate, "VERIFIED", ())
+    return "measured in benchmarks/results" if verified else "unverified: in no committed result"
+
+
+def _why_not(candidate: Backend, op: str, args: Sequence[Any]) -> str | None:
+    reason = candidate.why_unsupported(op, *args)
+    if reason is None and _distrusted:
+        device = device_of(args)
+        if device is not None:
+            return _distrusted.get((candidate.NAME, op, device))
+    return reason
+
+
+def _asked() -> str:
+    asked = _forced.get()
+    if asked is None:
+        asked = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        _check_name(asked, ENVIRONMENT_VARIABLE)
+    return asked
+
+
+def _candidates(asked: str) -> list[Backend]:
+    backends = available()
+    return list(backends.values()) if asked == "auto" else [backends[asked]]
 
 
 def _check_name(name: str, source: str) -> None:

@@ -1,0 +1,177 @@
+"""Kernels against the reference on this device, before they are trusted there.
+
+`approximate`, `initialize`, `lora-init run` and `doctor` call `ensure` when they meet a device,
+never an op itself: that would fire under graph capture and tracing. The verdict is kept on disk
+for this device, driver, torch, package and kernels. What fails is refused there, and a warning
+names it. `LORA_INIT_SELFTEST=0` skips all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from lora_init.backends import Backend, available, backend, distrust
+from lora_init.cache import default_directory, write_atomically
+from lora_init.distributed import Ranks
+from lora_init.ops.descend import DescentState, Optimizer, descend
+from lora_init.ops.dual_project import dual_project
+from lora_init.testing import DTYPES, SHAPES, gaussian
+
+ENVIRONMENT_VARIABLE = "LORA_INIT_SELFTEST"
+
+Verdict = dict[str, str | None]
+"""Op -> what is wrong with it, or None."""
+
+# ‖error‖/‖exact‖ that passes. Two bf16 parts of a factor leave 8e-6; TF32 in the place of fp32, or
+# one part instead of two, leave 3e-4 and more.
+_ERROR = 3e-5
+_STEPS = 20
+_verdicts: dict[tuple[str, torch.device], Verdict] = {}
+
+
+def ensure(devices: Iterable[torch.device], job: Ranks | None = None) -> None:
+    """Test every backend with kernels on these devices, unless that was done before, and refuse
+    what fails from then on, with a warning.
+
+    Args:
+        job: the ranks that call this together; what fails on one is used on none.
+    """
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "0":
+        return
+    job, devices = job or Ranks(), set(devices)
+    for name, one in available().items():
+        if not hasattr(one, "fingerprint"):
+            continue
+        for device in devices:
+            if (name, device) not in _verdicts:
+                _verdicts[name, device] = _remembered(one, device)
+        own = {
+            op: f"on {device_name(device)}, {reason}"
+            for device in devices
+            for op, reason in _verdicts[name, device].items()
+            if reason
+        }
+        # Always gathered: what this process has seen before, another may meet for the first time.
+        failures = {op: reason for each in job.gather(own) for op, reason in each.items()}
+        for op, reason in failures.items():
+            new = [
+                distrust(name, op, device, f"failed its self-test {reason}") for device in devices
+            ]
+            if any(new) and job.rank == 0:
+                warnings.warn(
+                    f"{name}'s {op} is wrong and will not be used ({reason}); please report it",
+                    stacklevel=3,
+                )
+
+
+def verdict(one: Backend, device: torch.device) -> Verdict:
+    """Run every op of a backend on small cases on `device` and compare; ops and cases that it does
+    not support count as right.
+    """
+    found: Verdict = {}
+    for op, test in _TESTS.items():
+        try:
+            found[op] = test(one, device)
+        except Exception as error:  # whatever a compiler or a driver raises
+            found[op] = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _remembered(one: Backend, device: torch.device) -> Verdict:
+    path = default_directory() / "selftest" / f"{_key(one, device)}.json"
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(path.read_bytes())
+        if set(kept) == set(_TESTS):
+            return dict(kept)
+    found = verdict(one, device)
+    # Where it cannot be kept, every process tests anew.
+    with contextlib.suppress(OSError):
+        write_atomically(path, json.dumps(found).encode())
+    return found
+
+
+def _key(one: Backend, device: torch.device) -> str:
+    parts = [one.NAME, one.fingerprint(), version("lora-init"), torch.__version__]
+    parts.append(device_name(device))
+    if device.type == "cuda":
+        driver = getattr(torch._C, "_cuda_getDriverVersion", str)()
+        parts += [str(torch.cuda.get_device_capability(device)), str(driver)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _cases(
+    dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(W, A, B) of all test shapes as one ragged group."""
+    group, A, B = [], [], []
+    for seed, (out_features, in_features, r) in enumerate(SHAPES.values()):
+        group.append(gaussian(out_features, in_features, dtype, seed).to(device))
+        A.append(gaussian(r, in_features, seed=seed + 100).to(device))
+        B.append(gaussian(out_features, r, seed=seed + 200).to(device))
+    return group, A, B
+
+
+def _test_dual_project(one: Backend, device: torch.device) -> str | None:
+    for dtype in DTYPES:
+        group, A, B = _cases(dtype, device)
+        if one.why_unsupported("dual_project", group, A, B, "full") is None:
+            first, again = (one.dual_project(group, A, B, "full") for _ in range(2))
+            with backend("reference"):
+                exact = dual_project(_wide(group), _wide(A), _wide(B))
+            for side in (0, 1):
+                got, twin, truth = ([pair[side] for pair in x] for x in (first, again, exact))
+                if wrong := _compared(group, got, truth, twin):
+                    return wrong
+    return None
+
+
+def _test_descend(one: Backend, device: torch.device) -> str | None:
+    for dtype in DTYPES:
+        group, A, B = _cases(dtype, device)
+        for optimizer in (Optimizer(), Optimizer("gd", lr=5.0)):
+            states = [DescentState.start(A, B, optimizer) for _ in range(2)]
+            if one.why_unsupported("descend", group, states[0], _STEPS) is None:
+                for state in states:
+                    one.descend(group, state, _STEPS)
+                exact = DescentState.start(_wide(A), _wide(B), optimizer)
+                with backend("reference"):
+                    descend(_wide(group), exact, _STEPS)
+                if wrong := _compared(group, states[0].params, exact.params, states[1].params):
+                    return wrong
+    return None
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.cpu().double() for tensor in tensors]
+
+
+def _compared(
+    group: Sequence[Tensor], got: Sequence[Tensor], exact: Sequence[Tensor], twin: Sequence[Tensor]
+) -> str | None:
+    for W, a, truth, b in zip(group, got, exact, twin, strict=True):
+        case = f"{tuple(W.shape)} {str(W.dtype).removeprefix('torch.')}"
+        error = float((a.cpu().double() - truth).norm() / truth.norm())
+        if not error <= _ERROR:
+            return f"{case}: error {error:.1e} against fp64"
+        if not torch.equal(a, b):
+            return f"{case}: other bits the second time"
+    return None
+
+
+_TESTS: dict[str, Callable[[Backend, torch.device], str | None]] = {
+    "dual_project": _test_dual_project,
+    "descend": _test_descend,
+}

@@ -1,0 +1,181 @@
+"""A kernel that is wrong on a device is caught by its self-test, refused there, and named."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_init
+from lora_init import BackendError, backend, backends, selftest
+from lora_init.backends import available, explain, select
+from lora_init.distributed import Ranks
+
+CPU = torch.device("cpu")
+# The reference's arithmetic under another name, so that the test decides what is broken in it.
+KERNELS = """
+from lora_init.backends import reference
+
+NAME, PRIORITY, VERIFIED = "kernels", 50, ("descend",)
+calls = []
+broken = {}
+
+def fingerprint():
+    return "1"
+
+def why_unsupported(op, *args):
+    return None if op in ("dual_project", "descend") else "has no such kernel"
+
+def dual_project(*args):
+    calls.append("dual_project")
+    return broken.get("dual_project", lambda result: result)(reference.dual_project(*args))
+
+def descend(group, state, steps):
+    calls.append("descend")
+    reference.descend(group, state, steps)
+    broken.get("descend", lambda result: result)(state.params)
+"""
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    (tmp_path / "kernels.py").write_text(KERNELS)
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    monkeypatch.setattr(backends, "_distrusted", {})
+    monkeypatch.setattr(selftest, "_verdicts", {})
+    monkeypatch.setenv("LORA_INIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv(selftest.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    available.cache_clear()
+    yield available()["kernels"]
+    available.cache_clear()
+    del sys.modules["lora_init.backends.kernels"]
+
+
+def ensure(job: Ranks | None = None) -> list[str]:
+    """The warnings of `selftest.ensure`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        selftest.ensure([CPU], job)
+    return [str(warning.message) for warning in caught]
+
+
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_distrusted", {})
+    monkeypatch.setattr(selftest, "_verdicts", {})
+
+
+def scaled(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [(left, right * 1.0001) for left, right in pairs]
+
+
+BROKEN = {
+    "a little off": ("dual_project", scaled),
+    "not finite": ("dual_project", lambda pairs: [(x * float("nan"), y) for x, y in pairs]),
+    "random": (
+        "dual_project",
+        lambda pairs: [(x + 1e-6 * x.norm() * torch.rand(()) / x.numel(), y) for x, y in pairs],
+    ),
+    "raises": ("dual_project", lambda pairs: 1 / 0),
+    "parameters": ("descend", lambda params: params[-1].mul_(1.001)),
+}
+
+
+def test_kernels_that_are_right_are_trusted(kernels: object) -> None:
+    assert ensure() == []
+    assert select("dual_project", [torch.eye(3)]).NAME == "kernels"
+
+
+@pytest.mark.parametrize(("op", "damage"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_kernel_is_named_and_refused_and_the_rest_is_not(
+    kernels: object, op: str, damage: object
+) -> None:
+    kernels.broken[op] = damage
+    (message,) = ensure()
+    assert message.startswith(f"kernels's {op} is wrong and will not be used (on cpu, ")
+    other = {"dual_project": "descend", "descend": "dual_project"}[op]
+    assert select(op, [torch.eye(3)]).NAME != "kernels"
+    assert select(other, [torch.eye(3)]).NAME == "kernels"
+    assert "failed its self-test" in explain(op, [torch.eye(3)])
+    with (
+        backend("kernels"),
+        pytest.raises(BackendError, match="failed its self-test"),
+    ):
+        select(op, [torch.eye(3)])
+    assert ensure() == []  # said once
+
+
+def test_results_are_right_in_spite_of_a_broken_kernel(kernels: object) -> None:
+    kernels.broken["dual_project"] = scaled
+    weights = {"layer": torch.randn(40, 50, generator=torch.Generator().manual_seed(0))}
+    with pytest.warns(UserWarning, match="kernels's dual_project is wrong"):
+        found = lora_init.approximate(weights, r=4, method="pissa")["layer"]
+    with backend("reference"):
+        expected = lora_init.approximate(weights, r=4, method="pissa")["layer"]
+    assert torch.equal(found.A, expected.A)
+    assert torch.equal(found.B, expected.B)
+
+
+def test_the_verdict_is_kept_on_disk_for_these_kernels(
+    kernels: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kernels.broken["descend"] = BROKEN["parameters"][1]
+    ensure()
+    (path,) = (tmp_path / "cache" / "selftest").iterdir()
+    assert json.loads(path.read_bytes())["dual_project"] is None
+    kernels.calls.clear()
+    new_process(monkeypatch)
+    assert len(ensure()) == 1  # each process says it
+    assert kernels.calls == []
+    new_process(monkeypatch)
+    monkeypatch.setattr(kernels, "fingerprint", lambda: "2")
+    kernels.broken.clear()
+    assert ensure() == []
+    assert kernels.calls
+    new_process(monkeypatch)
+    path.write_text("{")  # damaged: as if it were not there
+    assert ensure() == []
+
+
+def test_a_home_that_cannot_be_written_is_no_hindrance(
+    kernels: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_INIT_CACHE_DIR", str(tmp_path / "file"))
+    assert ensure() == []
+
+
+def test_it_can_be_skipped(kernels: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(selftest.ENVIRONMENT_VARIABLE, "0")
+    kernels.broken["dual_project"] = scaled
+    assert ensure() == []
+    assert kernels.calls == []
+
+
+def test_what_fails_on_another_rank_is_not_used_here(kernels: object) -> None:
+    class Job(Ranks):
+        def gather(self, value: object) -> list[object]:
+            return [value, {"dual_project": "on another device, wrong"}]
+
+    (message,) = ensure(Job(rank=0, size=2))
+    assert "another device" in message
+    assert select("dual_project", [torch.eye(3)]).NAME != "kernels"
+    assert select("descend", [torch.eye(3)]).NAME == "kernels"
+
+
+def test_explain_says_which_path_and_why(kernels: object) -> None:
+    assert explain("descend", [torch.eye(3)]).splitlines()[:2] == [
+        "descend: the first that can is taken",
+        "kernels: runs descend (measured in benchmarks/results)",
+    ]
+    assert "unverified: in no committed result" in explain("dual_project", [torch.eye(3)])
+    assert "kernels: has no such kernel" in explain("lora_linear", torch.eye(3))
+    assert "reference: runs lora_linear" in explain("lora_linear", torch.eye(3))
+    with backend("reference"):
+        assert explain("descend", [torch.eye(3)]) == (
+            "descend: 'reference' was asked for\nreference: runs descend"
+        )

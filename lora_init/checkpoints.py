@@ -1,6 +1,7 @@
 """Safetensors in and out, without a model object.
 
-A `Checkpoint` is a model's files, read one tensor and written one shard at a time.
+A `Checkpoint` is a model's files, read one tensor and written one shard at a time; nothing is
+mapped, because the pages of a mapping count as the process's memory.
 
 A `Start` is the sidecar that makes a run resumable: `lora_init/start.safetensors` beside an adapter
 holds, per layer, the factors the base's residual was made with (A₀, B₀) and those of now (A, B),
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +32,23 @@ from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method
 
 SIDECAR = Path("lora_init", "start.safetensors")
+# What a residual can be stored in.
+WEIGHT_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_DTYPES = WEIGHT_DTYPES | {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 _FORMAT = 1
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -158,11 +178,31 @@ def open_safetensors(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its shard, its first byte in it, and its shape."""
+    """Where a tensor lies: its shard, its first byte in it, its shape, and its dtype as safetensors
+    spells it ("BF16").
+    """
 
     shard: Path
     offset: int
     shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted module of a checkpoint.
+
+    Attributes:
+        name: module name in the base model.
+        key: of its weight in the checkpoint.
+        transposed: the weight lies there as (in, out), as Conv1D has it.
+        scaling: s of its adapter.
+    """
+
+    name: str
+    key: str
+    transposed: bool
+    scaling: float
 
 
 @dataclass(frozen=True)
@@ -189,12 +229,20 @@ class Checkpoint:
         return shards
 
     @cached_property
+    def stamps(self) -> dict[str, list[int]]:
+        """Size, time of change and inode of every shard by its name, from when they were first
+        asked for: what a shard must still have when it is read.
+        """
+        return {shard.name: _stamp(shard.stat()) for shard in self.shards}
+
+    @cached_property
     def entries(self) -> dict[str, Entry]:
         """Every tensor by its key.
 
         Raises:
             LoraInitError: a shard is damaged, or shards and index do not fit together.
         """
+        self.stamps  # noqa: B018 - before the headers, so that no later change goes unnoticed
         found: dict[str, Entry] = {}
         for shard in self.shards:
             open_safetensors(shard)  # checks the header, and that the file is as long as it says
@@ -208,7 +256,7 @@ class Checkpoint:
                         f"{shard}: {key} is also in {found[key].shard.name}: fetch the shards again"
                     )
                 offset = 8 + length + value["data_offsets"][0]
-                found[key] = Entry(shard, offset, tuple(value["shape"]))
+                found[key] = Entry(shard, offset, tuple(value["shape"]), value["dtype"])
         if self.shards[0].name != _SINGLE:
             for key, name in self._index.items():
                 if key not in found or found[key].shard.name != name:
@@ -229,9 +277,49 @@ class Checkpoint:
         return sum(shard.stat().st_size for shard in self.shards)
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor, mapped from its file: its pages are read when they are used."""
-        tensor: Tensor = open_safetensors(self.entries[key].shard).get_tensor(key)
+        """One tensor, read into memory of its own.
+
+        Raises:
+            LoraInitError: its shard cannot be read, is shorter than its header says, or is not what
+                it was when the header was read.
+        """
+        entry = self.entries[key]
+        tensor = _mapped(entry.shape, _DTYPES[entry.dtype])
+        rest = _bytes(tensor)
+        try:
+            with entry.shard.open("rb", buffering=0) as file:
+                file.seek(entry.offset)
+                # One call reads at most 2 GiB.
+                while rest and (count := file.readinto(rest)):
+                    rest = rest[count:]
+                self._compare(entry.shard, os.fstat(file.fileno()))
+        except OSError as error:
+            raise LoraInitError(f"{entry.shard}: {key} cannot be read ({error})") from error
+        if rest:
+            raise LoraInitError(
+                f"{entry.shard} is truncated: it ends {len(rest)} bytes before the end of {key}: "
+                f"fetch it again"
+            )
         return tensor
+
+    def check_unchanged(self, shard: Path) -> None:
+        """Raises `LoraInitError` if a shard is not what it was when its header was read."""
+        try:
+            self._compare(shard, shard.stat())
+        except OSError as error:
+            raise LoraInitError(f"{shard} cannot be read any more ({error})") from error
+
+    def _compare(self, shard: Path, found: os.stat_result) -> None:
+        before, now = self.stamps[shard.name], _stamp(found)
+        if before != now:
+            what = ("size", "time of change", "inode")
+            changes = [
+                f"{name} {a} -> {b}" for name, a, b in zip(what, before, now, strict=True) if a != b
+            ]
+            raise LoraInitError(
+                f"{shard} changed during the run ({', '.join(changes)}): let nothing write to the "
+                f"model, and start again"
+            )
 
     @cached_property
     def _index(self) -> dict[str, str]:
@@ -256,20 +344,14 @@ class Checkpoint:
         return f"no {_SINGLE} and no {_INDEX} here: name the directory of a transformers model"
 
 
-def write_residual(
-    checkpoint: Checkpoint, directory: Path, residuals: Mapping[str, Callable[[], Tensor]]
-) -> None:
-    """Write the model with some tensors replaced, shard by shard, and all files but its weights.
+def copy_other_files(checkpoint: Checkpoint, directory: Path) -> None:
+    """Copy all of a model's files but its weights: config, tokenizer, index, licence.
 
-    A residual has its weight's dtype and shape, so a shard keeps its header: it is copied and then
-    overwritten where a residual goes. All other tensors, the metadata and the index stay as they
-    are, byte for byte. Hidden files and weights in other formats are left out.
+    Hidden files and weights in other formats are left out.
 
     Args:
-        directory: a new one.
-        residuals: key -> function giving R as it lies in the file; called when it is written.
+        directory: where to; files of the same name are replaced.
     """
-    directory.mkdir()
     for path in sorted(checkpoint.directory.rglob("*")):
         relative = path.relative_to(checkpoint.directory)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
@@ -280,11 +362,70 @@ def write_residual(
             if wanted:
                 (directory / relative).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, directory / relative)
-    for shard in checkpoint.shards:
-        shutil.copyfile(shard, directory / shard.name)
-        with (directory / shard.name).open("r+b") as file:
-            for key, entry in checkpoint.entries.items():
-                if entry.shard == shard and key in residuals:
-                    file.seek(entry.offset)
-                    R = residuals[key]().detach().cpu().contiguous()
-                    file.write(R.view(torch.uint8).numpy().data)
+
+
+def write_shard(
+    checkpoint: Checkpoint,
+    shard: Path,
+    directory: Path,
+    residuals: Mapping[str, Callable[[], Tensor]],
+    scratch: Path,
+) -> None:
+    """Write one weight file with some tensors replaced; under its name it is there only whole.
+
+    A residual has its weight's dtype and shape, so a shard keeps its header: it is copied and then
+    overwritten where a residual goes. All other tensors and the metadata stay byte for byte.
+
+    Args:
+        residuals: key -> function giving R as it lies in the file; called when it is written.
+        scratch: a directory of the same file system, for the file while it is written.
+
+    Raises:
+        LoraInitError: the shard changed since its header was read.
+    """
+    temporary = scratch / f"{secrets.token_hex(4)}-{shard.name}"
+    try:
+        shutil.copyfile(shard, temporary)
+        with temporary.open("r+b", buffering=0) as file:
+            for key, residual in residuals.items():
+                file.seek(checkpoint.entries[key].offset)
+                R = residual().detach().cpu().contiguous()
+                rest = _bytes(R)
+                while rest:  # as with reading: 2 GiB a call
+                    rest = rest[file.write(rest) :]
+            # A name must never stand for a file that a crash of the machine cut short: a resumed
+            # run trusts it. This also brings out a full quota that writing alone did not.
+            os.fsync(file.fileno())
+        checkpoint.check_unchanged(shard)
+        temporary.replace(directory / shard.name)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new CPU tensor in pages of its own, which go back to the system with it.
+
+    From malloc, tensors of some megabytes that one thread makes and another one frees stay with the
+    process: 24 weights of 8 MB, solved one by one, left 190 MB behind.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_pages(size), dtype=torch.uint8).view(dtype).view(shape)
+
+
+def _pages(size: int) -> mmap.mmap:
+    if os.name == "nt":
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Those of a contiguous CPU tensor, to be read from or written to."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def _stamp(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ino]

@@ -1,15 +1,19 @@
 """The command line: arguments in, public API out.
 
 Exit status: 0; 1 if the written files fail their check; 2 for bad input, with one line on stderr;
-130 on Ctrl-C.
+130 on Ctrl-C, 143 on SIGTERM. Under torchrun each process prints its own line, and the first the
+report.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -92,38 +96,53 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run's outputs.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on where such a run to DIR was killed, if there was one."
+        ),
+    ] = False,
+    group_bytes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Memory for the weights that are solved at once.",
+            show_default="512 MiB, half of a GPU",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON and nothing else.")
     ] = False,
 ) -> None:
     """Initialise a checkpoint: DIR gets adapter/, residual/, report.json and report.png."""
-    from transformers.utils import logging
-
     from lora_init.integrations.checkpoint import OUTPUTS, initialize_checkpoint
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     options = _parse_options(option or [])
     for name, value in (("steps", steps), ("solver", solver)):
         if value is not None and options.setdefault(name, value) != value:
             raise LoraInitError(f"--{name} {value} and --option {name}={options[name]} differ")
-    report = initialize_checkpoint(
-        model,
-        out,
-        method,
-        r=r,
-        lora_alpha=alpha,
-        use_rslora=rslora,
-        target_modules=_parse_modules(target_modules),
-        seed=seed,
-        device=device,
-        save_residual=residual == "save",
-        auto_class=auto_class,
-        check=check,
-        overwrite=overwrite,
-        cache=False if no_cache else cache_dir or "auto",
-        **options,
-    )
+    with _stoppable(), _job() as first:
+        report = initialize_checkpoint(
+            model,
+            out,
+            method,
+            r=r,
+            lora_alpha=alpha,
+            use_rslora=rslora,
+            target_modules=_parse_modules(target_modules),
+            seed=seed,
+            device=device,
+            save_residual=residual == "save",
+            auto_class=auto_class,
+            check=check,
+            overwrite=overwrite,
+            cache=False if no_cache else cache_dir or "auto",
+            resume=resume,
+            group_bytes="auto" if group_bytes is None else group_bytes,
+            **options,
+        )
+    if not first:
+        return
     if as_json:
         print(json.dumps(report.to_dict()))
         return
@@ -189,9 +208,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(error, 2)
         except CheckFailed as error:
             return _fail(error, 1)
+        except _Stopped as stopped:
+            return _fail(stopped, stopped.status)
     if status == 130:
         return _fail("interrupted", 130)
     return status or 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+class _Stopped(Exception):
+    """A run was ended by a signal; its notes say what is left of it."""
+
+    def __init__(self, what: str, status: int):
+        super().__init__(what)
+        self.status = status
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM (which torchrun sends to the ranks that are left when one dies) end what
+    is inside as an exception does.
+    """
+
+    def terminate(*_: Any) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as signalled:
+        interrupted = isinstance(signalled, KeyboardInterrupt)
+        stopped = _Stopped(*(("interrupted", 130) if interrupted else ("terminated", 143)))
+        for note in getattr(signalled, "__notes__", ()):
+            stopped.add_note(note)
+        raise stopped from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _job() -> Iterator[bool]:
+    """The job of several processes that torchrun started this one in, if it did; yields whether
+    this is its first process.
+    """
+    import torch.distributed as dist
+
+    from lora_init.distributed import PATIENCE
+
+    # Clusters set WORLD_SIZE for single commands too, whose other ranks would never come.
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield True
+        return
+    # Ranks wait for the slowest one, and for the first to check the outputs.
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def _parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -218,7 +294,8 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _fail(message: object, status: int) -> int:
-    print(f"lora-init: {_one_line(message)}", file=sys.stderr)
+    whole = "; ".join([str(message), *getattr(message, "__notes__", ())])
+    print(f"lora-init: {_one_line(whole)}", file=sys.stderr)
     return status
 
 

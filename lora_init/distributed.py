@@ -7,17 +7,23 @@ the job's own backend is.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lora_init.factors import LoraInitError
 
 T = TypeVar("T")
+
+# How long ranks wait for one another. Solving takes as long as it takes, and one that died closes
+# its connection, which the others see at once.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,28 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _alive():
+        with alive():
             dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite a dense CPU tensor with that of rank `source`; raises as `gather` does."""
         if self.size > 1:
-            with _alive():
+            with alive():
                 dist.broadcast(tensor, group=self.group, group_src=source)
+
+    def agree(self, description: Mapping[str, str], way_out: str) -> None:
+        """Raises `LoraInitError` on every rank, naming the first entry that differs between ranks,
+        unless all gave the same description.
+        """
+        first, *others = self.gather(dict(description))
+        for rank, other in enumerate(others, start=1):
+            for what in [*first, *(what for what in other if what not in first)]:
+                one, two = first.get(what, "missing"), other.get(what, "missing")
+                if one != two:
+                    raise LoraInitError(
+                        f"{what} is {one} on rank 0 and {two} on rank {rank}: {way_out}"
+                    )
 
     def together(self, function: Callable[[], T]) -> T:
         """function(), after which all ranks go on or all raise.
@@ -80,6 +99,11 @@ class Ranks:
                 raise LoraInitError(f"rank {rank}: {message}")
         return result
 
+    def once(self, function: Callable[[], T]) -> T:
+        """What function() gives on rank 0, on every rank; raises as `together` does."""
+        result = self.together(lambda: function() if self.rank == 0 else None)
+        return self.gather(result)[0]  # type: ignore[return-value]  # None comes from others only
+
 
 @contextmanager
 def ranks(shared: bool = True) -> Iterator[Ranks]:
@@ -92,7 +116,7 @@ def ranks(shared: bool = True) -> Iterator[Ranks]:
     group = dist.group.WORLD
     own = dist.get_backend() != dist.Backend.GLOO
     if own:
-        group = dist.new_group(backend=dist.Backend.GLOO)
+        group = dist.new_group(backend=dist.Backend.GLOO, timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), group)
     finally:
@@ -101,9 +125,16 @@ def ranks(shared: bool = True) -> Iterator[Ranks]:
 
 
 @contextmanager
-def _alive() -> Iterator[None]:
+def alive() -> Iterator[None]:
+    """Around what the ranks do at once.
+
+    Raises:
+        LoraInitError: another process is gone.
+    """
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too
+        raise
     except RuntimeError as error:  # gloo: the connection was closed by its peer
         raise LoraInitError(
             f"another process of this job is gone or does not answer ({error}): see its own "

@@ -16,13 +16,17 @@ from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method
 from lora_init.parallel import map_layers
 
+WEIGHT_DECAY_NOTE = (
+    "train A and B with weight_decay=0: decay pulls B·A to 0, away from the A₀, B₀ that the base's "
+    "residual is made for"
+)
 # Relative distance ‖R + s·BA − W‖/‖W‖ of the start from the pretrained layer. Rounding alone
 # explains 1e-7 (fp32) to 3e-3 (bf16) with factors of W's size; IniLoRA-α on a bf16 base reaches
 # 6e-2 at r = 8.
 WARN_START_DRIFT = 1e-2
 MAX_START_DRIFT = 1e-1
 # Work above which the Eckart–Young bound is left out: an SVD costs about out·in·min(out, in).
-_BOUND_WORK = 2e11
+_BOUND_WORK = 2e10
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class Report:
         output_drift: largest |Δ output| over the largest |output| on the example batch, if one was
             given.
         notes: what the user should know.
+        stream: of a run on a checkpoint: `groups` that this process solved, `peak_bytes` they took
+            at most, `target_bytes` of all weights that were adapted, and `survey_seconds` and
+            `solve_seconds` of reading them, once for each.
     """
 
     method: str
@@ -68,6 +75,7 @@ class Report:
     layers: list[LayerReport]
     output_drift: float | None = None
     notes: list[str] = field(default_factory=list)
+    stream: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -188,37 +196,56 @@ class Report:
 def self_check(
     layers: Sequence[Layer], factors: Sequence[Factors], method: Method
 ) -> list[LayerReport]:
-    """Report on each layer from its weight and its factors *as stored*, before any model or file is
-    changed.
+    """`measure`, then `judge`: before any model or file is changed.
 
     Raises:
         LoraInitError: a residual overflows its dtype, or a start is further than `MAX_START_DRIFT`
             from W.
     """
+    reports = measure(layers, factors, method)
+    judge(reports, layers)
+    return reports
+
+
+def measure(
+    layers: Sequence[Layer], factors: Sequence[Factors], method: Method
+) -> list[LayerReport]:
+    """Report on each layer from its weight and its factors *as stored*.
+
+    Raises:
+        LoraInitError: a residual overflows its dtype.
+    """
 
     def one(item: tuple[Layer, Factors]) -> LayerReport:
         layer, stored = item
         weight = layer.weight
-        base = stored.residual(weight, layer.name) if method.residual else weight
-        start_error, start_drift = (
-            stored.start_error(weight, base) if method.residual else (0.0, 0.0)
-        )
-        squares = stored.squared_error(weight)
-        norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+        fit = stored.fit(weight, layer.name)
+        norm = math.sqrt(fit.energy)
         return LayerReport(
             name=layer.name,
             shape=(weight.shape[0], weight.shape[1]),
             r=stored.r,
             scaling=stored.scaling,
-            loss=squares / weight.numel(),
-            relative_error=math.sqrt(squares) / norm if norm else 0.0,
-            start_error=start_error,
-            start_drift=start_drift,
+            loss=fit.squares / weight.numel(),
+            relative_error=math.sqrt(fit.squares) / norm if norm else 0.0,
+            start_error=fit.start_error if method.residual else 0.0,
+            start_drift=fit.start_drift if method.residual else 0.0,
             info=stored.info,
         )
 
     pairs = list(zip(layers, factors, strict=True))
-    reports = map_layers(one, pairs, cost=lambda pair: pair[0].weight.numel())
+    return map_layers(one, pairs, cost=lambda pair: pair[0].weight.numel())
+
+
+def judge(reports: Sequence[LayerReport], layers: Sequence[Layer], warn: bool = True) -> None:
+    """Warn of the worst start if it is further than `WARN_START_DRIFT` from W (unless not `warn`).
+
+    Args:
+        layers: of the reports at least; only their names and dtypes are looked at.
+
+    Raises:
+        LoraInitError: it is further than `MAX_START_DRIFT` away.
+    """
     worst = max(reports, key=lambda report: report.start_drift)
     dtype = next(layer.weight.dtype for layer in layers if layer.name == worst.name)
     message = (
@@ -228,9 +255,8 @@ def self_check(
     )
     if worst.start_drift > MAX_START_DRIFT:
         raise LoraInitError(message)
-    if worst.start_drift > WARN_START_DRIFT:
-        warnings.warn(message, stacklevel=3)
-    return reports
+    if warn and worst.start_drift > WARN_START_DRIFT:
+        warnings.warn(message, stacklevel=4)
 
 
 def first_output(model: Any, batch: Mapping[str, Tensor] | Tensor) -> Tensor:
@@ -258,11 +284,16 @@ def relative_drift(after: Tensor, before: Tensor) -> float:
     return float((after - before).abs().max() / scale)
 
 
+def bounds_affordable(weights: Sequence[Tensor]) -> bool:
+    """Whether `eckart_young` would take no longer than minutes for all these weights together."""
+    return sum(w.numel() * min(w.shape) for w in weights) <= _BOUND_WORK
+
+
 def eckart_young(weights: Sequence[Tensor], ranks: Sequence[int]) -> list[float] | None:
     """√(Σ_{i>r} σᵢ² / Σ σᵢ²) per weight, the least relative error of rank r; None if the SVDs would
     take minutes.
     """
-    if sum(w.numel() * min(w.shape) for w in weights) > _BOUND_WORK:
+    if not bounds_affordable(weights):
         return None
 
     def one(item: tuple[Tensor, int]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from lora_init.factors import LoraInitError
 
-# What a killed process leaves behind has this name: safe to remove, never read again.
+# What a killed process leaves behind has this name: only `journal` ever reads one again.
 PREFIX = ".lora-init-"
 
 
@@ -32,31 +33,61 @@ def staged(out: Path, names: Sequence[str], overwrite: bool = False) -> Iterator
         LoraInitError: `out` is no directory, not empty (without `overwrite`), or cannot be written.
     """
     out = out.resolve()
-    try:
-        _check_free(out, overwrite)
-        # Beside it, to be moved by a rename; but what is beside a mount point is another disk.
-        parent = out if os.path.ismount(out) else out.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        stage = parent / f"{PREFIX}{out.name}-{secrets.token_hex(4)}"
-        stage.mkdir()  # not mkdtemp: this becomes `out`, with the user's own permissions
-    except OSError as error:
-        raise LoraInitError(f"cannot write to {out} ({error}): choose another directory") from error
+    stage = folder_beside(out, overwrite)
     keep = False
     try:
-        yield stage
-        _check_free(out, overwrite)  # another process may have been faster
-        _move(stage, out, names)
+        with writing(out):
+            yield stage
+            place(stage, out, names, overwrite)
     except CheckFailed:
         keep = True
         raise
+    finally:
+        if not keep:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def folder_beside(out: Path, overwrite: bool = False) -> Path:
+    """A new folder that can be moved to `out` by a rename.
+
+    Raises:
+        LoraInitError: `out` is no directory, not empty (without `overwrite`), or cannot be written.
+    """
+    try:
+        check_free(out, overwrite)
+        parent = _parent(out)
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = parent / f"{PREFIX}{out.name}-{secrets.token_hex(4)}"
+        folder.mkdir()  # not mkdtemp: this becomes `out`, with the user's own permissions
+    except OSError as error:
+        raise LoraInitError(f"cannot write to {out} ({error}): choose another directory") from error
+    return folder
+
+
+def folders_beside(out: Path) -> list[Path]:
+    """What `folder_beside` made for `out` and is still there, newest first."""
+    name = re.compile(re.escape(f"{PREFIX}{out.name}-") + "[0-9a-f]{8}")
+    siblings = _parent(out).glob("*")  # of nothing, if there is no such directory
+    found = [path for path in siblings if name.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def place(stage: Path, out: Path, names: Sequence[str], overwrite: bool = False) -> None:
+    """Make the entries `names` of `stage` those of `out`, all or none; see `staged`."""
+    check_free(out, overwrite)  # another process may have been faster
+    _move(stage, out, names)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """An OSError inside becomes the one clear error for what happens to the output."""
+    try:
+        yield
     except OSError as error:
         raise LoraInitError(
             f"could not write {out} ({error}): free space or choose another directory; it is as it "
             f"was before"
         ) from error
-    finally:
-        if not keep:
-            shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager
@@ -105,7 +136,8 @@ def require_space(path: Path, size: int) -> None:
         )
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raises `LoraInitError` if `out` is no directory, or not empty (without `overwrite`)."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -116,6 +148,11 @@ def _check_free(out: Path, overwrite: bool) -> None:
             f"{out} is not empty (it holds {found[0]}): choose another directory, or empty it "
             f"(lora-init run --overwrite replaces an earlier run)"
         )
+
+
+def _parent(out: Path) -> Path:
+    """What is beside a mount point is another disk, and no rename goes there."""
+    return out if os.path.ismount(out) else out.parent
 
 
 def _move(stage: Path, out: Path, names: Sequence[str]) -> None:

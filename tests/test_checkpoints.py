@@ -1,6 +1,9 @@
-"""`Checkpoint` and `write_residual` on files, and a `Start` there and back."""
+"""`Checkpoint` and what is written of it, and a `Start` there and back."""
 
 import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_init import Factors, LoraInitError
-from lora_init.checkpoints import Checkpoint, Start, read_start, write_residual, write_start
+from lora_init.checkpoints import (
+    Checkpoint,
+    Start,
+    copy_other_files,
+    read_start,
+    write_shard,
+    write_start,
+)
 from lora_init.methods import Layer, resolve_method
 
 TENSORS = {
@@ -43,6 +53,17 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.float(), other.float())
 
 
+def write_residual(model: Path, out: Path, residuals: dict[str, Callable[[], Tensor]]) -> None:
+    checkpoint = Checkpoint(model)
+    for directory in (out, out.parent / "scratch"):
+        directory.mkdir()
+    copy_other_files(checkpoint, out)
+    for shard in checkpoint.shards:
+        own = {k: r for k, r in residuals.items() if checkpoint.entries[k].shard == shard}
+        write_shard(checkpoint, shard, out, own, out.parent / "scratch")
+    assert not list((out.parent / "scratch").iterdir())
+
+
 @pytest.mark.parametrize("layout", [single, sharded])
 def test_tensors_are_read_one_by_one(tmp_path, layout):
     checkpoint = Checkpoint(layout(tmp_path / "model"))
@@ -54,6 +75,58 @@ def test_tensors_are_read_one_by_one(tmp_path, layout):
     for key, tensor in TENSORS.items():
         assert checkpoint.entries[key].shape == tuple(tensor.shape)
         assert same(checkpoint.tensor(key), tensor)
+        assert checkpoint.tensor(key).data_ptr() % 64 == 0
+
+
+def test_read_tensors_hold_no_file_and_no_more_than_themselves(tmp_path):
+    source = single(tmp_path / "model")
+    tensor = Checkpoint(source).tensor("a.weight")
+    tensor.zero_()
+    assert same(load_file(source / "model.safetensors")["a.weight"], TENSORS["a.weight"])
+    assert str(source) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_shard_shorter_than_its_header_says_is_truncated(tmp_path):
+    source = single(tmp_path / "model")
+    checkpoint = Checkpoint(source)
+    entry = checkpoint.entries["a.weight"]
+    size = checkpoint.size
+    checkpoint.entries["a.weight"] = replace(entry, offset=size - 20)
+    with pytest.raises(LoraInitError, match=r"model\.safetensors is truncated: it ends 40 bytes"):
+        checkpoint.tensor("a.weight")
+
+
+def rewritten(shard: Path) -> None:
+    content = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(content)
+
+
+def shortened(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size - 1)
+
+
+def touched(shard: Path) -> None:
+    os.utime(shard, (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(rewritten, "time of change"), (shortened, "size"), (touched, "time")]
+)
+def test_changed_shards_are_neither_read_nor_written(tmp_path, change, what):
+    checkpoint = Checkpoint(sharded(tmp_path / "model"))
+    entry = checkpoint.entries["a.weight"]
+    change(entry.shard)
+    message = rf"00001-of-00002\.safetensors changed during the run \({what}"
+    with pytest.raises(LoraInitError, match=message):
+        checkpoint.tensor("a.weight")
+    with pytest.raises(LoraInitError, match=message):
+        write_shard(checkpoint, entry.shard, tmp_path, {}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert same(checkpoint.tensor("b.weight"), TENSORS["b.weight"])
+    entry.shard.unlink()
+    with pytest.raises(LoraInitError, match=r"a\.weight cannot be read"):
+        checkpoint.tensor("a.weight")
 
 
 @pytest.mark.parametrize("layout", [single, sharded])
@@ -72,7 +145,7 @@ def test_residual_replaces_its_tensors_and_nothing_else(tmp_path, layout):
     new = {"a.weight": torch.randn(5, 3).T, "b.weight": torch.randn(4, 6).to(torch.bfloat16)}
     calls = []
     residuals = {key: lambda key=key: calls.append(key) or new[key] for key in new}
-    write_residual(Checkpoint(source), tmp_path / "out", residuals)
+    write_residual(source, tmp_path / "out", residuals)
 
     assert sorted(calls) == sorted(new)
     written = Checkpoint(tmp_path / "out")
@@ -100,7 +173,7 @@ def test_written_files_follow_links(tmp_path):
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(source / "model.safetensors")
     R = torch.zeros(3, 5)
-    write_residual(Checkpoint(tmp_path / "snapshot"), tmp_path / "out", {"a.weight": lambda: R})
+    write_residual(tmp_path / "snapshot", tmp_path / "out", {"a.weight": lambda: R})
     assert not (tmp_path / "out" / "model.safetensors").is_symlink()
     assert same(load_file(tmp_path / "out" / "model.safetensors")["a.weight"], R)
     assert same(load_file(source / "model.safetensors")["a.weight"], TENSORS["a.weight"])

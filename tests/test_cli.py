@@ -134,6 +134,12 @@ def test_outputs_are_what_initialize_gives_and_load_with_stock_peft(
     capsys.readouterr()  # transformers' bar of saving it
     out = tmp_path / "out"
     report = run(source, out, "-r", 4, "--alpha", 8, *STEPS, *arguments, "--seed", 3, "--no-cache")
+    captured = capsys.readouterr()
+    assert report["layers"][0]["name"] in captured.out
+    assert captured.out.splitlines()[-4:] == [
+        str(out / name) for name in ("adapter", "residual", "report.json", "report.png")
+    ]
+    assert captured.err == ""
 
     base = model_class.from_pretrained(source)
     expected = output(base)
@@ -152,12 +158,6 @@ def test_outputs_are_what_initialize_gives_and_load_with_stock_peft(
 
     assert all(layer["bound"] <= layer["relative_error"] for layer in report["layers"])
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
-    captured = capsys.readouterr()
-    assert report["layers"][0]["name"] in captured.out
-    assert captured.out.splitlines()[-4:] == [
-        str(out / name) for name in ("adapter", "residual", "report.json", "report.png")
-    ]
-    assert captured.err == ""
 
 
 def test_residual_holds_every_file_and_leaves_other_tensors(minilm_dir, tmp_path):
@@ -344,12 +344,16 @@ def test_overwrite_replaces_the_outputs_of_an_earlier_run_only(llama, tmp_path):
 def test_failed_check_replaces_nothing_and_keeps_what_was_written(
     llama, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("lora_init.integrations.checkpoint.output_drift", lambda *_: 0.5)
+    monkeypatch.setattr("lora_init.integrations.transformers.output_drift", lambda **_: 0.5)
     assert cli("run", llama, "--out", tmp_path / "out", *STEPS) == 1
     (kept,) = tmp_path.glob(f"{PREFIX}*")
-    assert {p.name for p in kept.iterdir()} == {"adapter", "residual"}
+    assert {p.name for p in kept.rglob("*") if p.is_dir()} >= {"outputs", "adapter", "residual"}
+    assert [p.name for p in kept.iterdir()] == ["outputs"]
     assert not (tmp_path / "out").exists()
-    assert_one_line(capsys.readouterr().err, str(kept))
+    assert_one_line(capsys.readouterr().err, str(kept / "outputs"))
+    # Nobody takes it for a run to go on with, or removes it.
+    assert cli("run", llama, "--out", tmp_path / "out", *STEPS, "--resume", "--no-check") == 0
+    assert (kept / "outputs" / "adapter").exists()
 
 
 def assert_one_line(err: str, message: str) -> None:
@@ -446,7 +450,7 @@ BAD = {
     "cache": (unchanged, ["--cache-dir", "/dev/null/x"], "cannot write to the cache directory"),
     "nan": (with_nan, [], f"{Q1}: 32 of 1024 weights are NaN or infinite"),
     "shape": (with_other_shape, [], f"{Q1}: its weight is (32, 32) by config.json and (32, 16)"),
-    "fp8": (in_fp8, [], "its weight is stored as torch.float8_e4m3fn"),
+    "fp8": (in_fp8, [], "its weight is stored as F8_E4M3"),
     "truncated": (truncated, [], "model.safetensors: not a readable safetensors file"),
     "pickled": (pickled, [], "model.safetensors: not a readable safetensors file"),
     "pickle_only": (pickle_only, [], "only pickled weights (pytorch_model.bin)"),
@@ -506,20 +510,31 @@ def test_bad_places_are_refused_in_one_line(llama, llama_sharded, tmp_path, caps
     assert_one_line(capsys.readouterr().err, "Missing option '--out'")
 
 
-def test_full_disk_leaves_nothing(llama, tmp_path, monkeypatch, capsys):
+def test_full_disk_is_said_before_anything_is_solved(llama, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert cli("run", llama, "--out", tmp_path / "out", *STEPS) == 2
+    assert_one_line(capsys.readouterr().err, "free: free space or choose another directory")
+    assert [p.name for p in tmp_path.iterdir()] == []
+
+
+def test_disk_that_fills_up_costs_nothing_that_was_solved(llama, tmp_path, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    arguments = ("run", llama, "--out", tmp_path / "out", *STEPS, "--no-cache", "--no-check")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", full)
-        assert cli("run", llama, "--out", tmp_path / "out", *STEPS) == 2
-    assert_one_line(capsys.readouterr().err, "No space left on device")
+        assert cli(*arguments) == 2
+    err = capsys.readouterr().err
+    assert_one_line(err, "No space left on device")
+    assert "4 finished layers are kept" in err
+    assert "--resume" in err
+    assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-        patch.setattr(shutil, "disk_usage", lambda _: usage)
-        assert cli("run", llama, "--out", tmp_path / "out", *STEPS) == 2
-    assert_one_line(capsys.readouterr().err, "free: free space or choose another directory")
-    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+        patch.setattr(IniLora, "solve", None)
+        assert cli(*arguments, "--resume") == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_interrupt_leaves_nothing(llama, tmp_path):
@@ -537,6 +552,12 @@ def test_interrupt_leaves_nothing(llama, tmp_path):
     assert process.returncode == 130
     assert err == "lora-init: interrupted\n"
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_cluster_that_sets_world_size_is_not_torchrun(llama, tmp_path, monkeypatch):
+    for name, value in (("WORLD_SIZE", "8"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    run(llama, tmp_path / "out", "--steps", 0, "--no-check")
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_init import factors as factors_module
-from lora_init.factors import Factors, LoraInitError, row_blocks, weight_digest
+from lora_init.factors import Factors, Fit, LoraInitError, row_blocks, weight_digest
 from lora_init.testing import DTYPES, SHAPES, gaussian, misaligned, transposed
 
 
@@ -171,27 +171,33 @@ def test_squared_error_near_convergence(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_start_error_measures_and_changes_nothing(dtype: torch.dtype) -> None:
-    factors, weight = make(60, 50, 3, scaling=2.0), gaussian(60, 50, dtype=dtype)
-    residual = factors.residual(weight)
-    residual[7, 11] += 0.25  # a start that is visibly off
-    before = residual.clone()
-    worst, drift = factors.start_error(weight, residual)
-    assert torch.equal(residual, before)
+def test_fit_measures_and_changes_nothing(dtype: torch.dtype) -> None:
+    # Of more than one row block.
+    factors, weight = make(600, 500, 3, scaling=2.0), gaussian(600, 500, dtype=dtype)
+    before = weight.clone()
+    fit = factors.fit(weight)
+    assert torch.equal(weight, before)
     BA = 2.0 * factors.B.double().numpy() @ factors.A.double().numpy()
     W = weight.double().numpy()
-    error = residual.double().numpy() + BA - W
-    assert worst == pytest.approx(np.abs(error).max(), rel=1e-12)
-    assert drift == pytest.approx(np.linalg.norm(error) / np.linalg.norm(W), rel=1e-12)
+    error = factors.residual(weight).double().numpy() + BA - W
+    if dtype != torch.float64:  # where the error is the rounding of this very expression
+        largest, drift = np.abs(error).max(), np.linalg.norm(error) / np.linalg.norm(W)
+        assert fit.start_error == pytest.approx(largest, rel=1e-6)
+        assert fit.start_drift == pytest.approx(drift, rel=1e-6)
+    rounding = 2 * torch.finfo(dtype).eps * np.linalg.norm(BA) / np.linalg.norm(W)
+    assert 0 < fit.start_drift < rounding
+    assert fit.squares == pytest.approx(np.linalg.norm(W - BA) ** 2, rel=1e-12)
+    assert fit.energy == pytest.approx(np.linalg.norm(W) ** 2, rel=1e-12)
+    assert factors.fit(weight.T.contiguous().T) == fit
 
 
-def test_start_error_of_a_zero_weight_is_relative_to_the_product() -> None:
+def test_start_of_a_zero_weight_is_relative_to_the_product() -> None:
     factors, weight = make(60, 50, 3), torch.zeros(60, 50)
-    worst, drift = factors.start_error(weight, factors.residual(weight))
-    assert worst > 0
-    assert 1e-9 < drift <= 2.0**-24  # one rounding of R = −B·A
+    fit = factors.fit(weight)
+    assert fit.start_error > 0
+    assert 1e-9 < fit.start_drift <= 2.0**-24  # one rounding of R = −B·A
     nothing = Factors(torch.zeros(3, 50), torch.zeros(60, 3))
-    assert nothing.start_error(weight, weight) == (0.0, 0.0)
+    assert nothing.fit(weight) == Fit(0.0, 0.0, 0.0, 0.0)
 
 
 def test_norm_is_that_of_the_product() -> None:

@@ -1,11 +1,19 @@
 """Outputs appear whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from lora_init import LoraInitError
-from lora_init.staging import PREFIX, CheckFailed, require_space, staged
+from lora_init.staging import (
+    PREFIX,
+    CheckFailed,
+    folder_beside,
+    folders_beside,
+    require_space,
+    staged,
+)
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -112,6 +120,16 @@ def test_staged_refuses_files_and_says_so(tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(LoraInitError, match=str(out)), staged(out, ["a"]):
             pass
+
+
+def test_folders_are_found_by_their_output_newest_first(tmp_path):
+    made = [folder_beside(tmp_path / name) for name in ("a", "a-b", "a", "a*")]
+    for age, folder in enumerate(reversed(made)):
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    (tmp_path / f"{PREFIX}a-new").mkdir()
+    assert folders_beside(tmp_path / "a") == [made[2], made[0]]
+    assert folders_beside(tmp_path / "a*") == [made[3]]
+    assert folders_beside(tmp_path / "nowhere" / "a") == []
 
 
 def test_space_is_checked(tmp_path):

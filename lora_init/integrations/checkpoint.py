@@ -1,41 +1,36 @@
-"""Initialise a checkpoint on disk: only its adapted weights are read, no model is loaded."""
+"""Initialise a checkpoint on disk, its adapted weights a few at a time; no model is loaded."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save
 from torch import Tensor
 
-from lora_init import engine
 from lora_init.adapters import ADAPTER_FILE, adapter_key
-from lora_init.cache import CacheOption, write_atomically
-from lora_init.checkpoints import SIDECAR, Checkpoint, Start, write_residual, write_start
-from lora_init.factors import Factors, LoraInitError
-from lora_init.integrations.peft import WEIGHT_DECAY_NOTE
-from lora_init.integrations.transformers import (
-    Target,
-    find_model,
-    find_targets,
-    meta_model,
-    output_drift,
-)
-from lora_init.methods import Layer, Method, resolve_method
-from lora_init.report import LayerReport, Report, eckart_young, self_check
-from lora_init.staging import CheckFailed, require_space, staged
+from lora_init.cache import CacheOption, open_cache, write_atomically
+from lora_init.checkpoints import SIDECAR, Checkpoint, Start, Target, copy_other_files, write_start
+from lora_init.distributed import Ranks, ranks
+from lora_init.engine import GroupBytes
+from lora_init.factors import LoraInitError
+from lora_init.integrations.child import call
+from lora_init.journal import opened
+from lora_init.methods import Method, resolve_method
+from lora_init.report import WEIGHT_DECAY_NOTE, LayerReport, Report, judge
+from lora_init.staging import CheckFailed, require_space
+from lora_init.stream import ShardWriter, Stream
 
 ADAPTER, RESIDUAL, REPORT, PLOT = "adapter", "residual", "report.json", "report.png"
 OUTPUTS = (ADAPTER, RESIDUAL, REPORT, PLOT)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NO_RESIDUAL_NOTE = (
     "no residual was saved: this adapter starts right only through lora_init.resume(model, "
     "adapter) on a PEFT model of the original base"
@@ -62,9 +57,15 @@ def initialize_checkpoint(
     overwrite: bool = False,
     cache: CacheOption = "auto",
     progress: bool | None = None,
+    resume: bool = False,
+    group_bytes: GroupBytes = "auto",
     **options: Any,
 ) -> Report:
     """Initialise a safetensors checkpoint without loading it; same bits as `lora_init.initialize`.
+
+    Weights are read and solved a few at a time, so models may be larger than memory. Where the
+    process is in a torch.distributed job, all ranks must call this alike, with one file system for
+    the output; they share the layers, and the files are the same for any number of them.
 
     `out` gets, all or nothing: `adapter/` (the step-0 PEFT adapter with its `lora_init/` sidecar),
     `residual/` (the model that it starts on; none for methods that leave the base as it is),
@@ -83,9 +84,15 @@ def initialize_checkpoint(
         check: load original and outputs with stock libraries and compare what they compute; None
             means if the model takes less than 4 GB in fp32.
         overwrite: replace the outputs of an earlier run; all else in `out` stays.
+        resume: go on where a run with these arguments to `out` was killed or failed, if there was
+            one; without it, what such a run left is removed.
+        group_bytes: what the weights that are solved at once and the work on them may take; "auto"
+            is half of what a GPU has free, and 512 MiB on the CPU. Changes no bit of the result.
 
     Raises:
-        LoraInitError: naming the layer or file, the value and the way out; `out` is as it was.
+        LoraInitError: naming the layer or file, the value and the way out, on every rank; `out` is
+            as it was. What was finished is kept beside it for `resume`, and a note of the exception
+            says so.
         CheckFailed: the output of an fp32 model moved by more than 1e-3 of its largest value; `out`
             is as it was, and the files are kept beside it.
     """
@@ -93,54 +100,193 @@ def initialize_checkpoint(
     chosen = resolve_method(method, options)
     if r < 1:
         raise LoraInitError(f"r must be a whole number ≥ 1, got {r}")
-    source, out = find_model(os.fspath(model)), Path(out).resolve()
+    out = Path(out).resolve()
+    lora = {
+        "r": r,
+        "lora_alpha": r if lora_alpha is None else lora_alpha,
+        "use_rslora": use_rslora,
+        "target_modules": target_modules,
+    }
+    with_residual = chosen.residual and save_residual
+    with ranks() as team:
+        checkpoint = team.together(lambda: _checkpoint(os.fspath(model), out))
+        original = str(checkpoint.directory) if Path(model).is_dir() else os.fspath(model)
+        base = str(out / RESIDUAL) if with_residual else None if chosen.residual else original
+        plan = team.once(lambda: _plan(checkpoint, auto_class, lora, base))
+        where = team.together(lambda: _device(device, team))
+        arguments = lora | {"seed": seed, "auto_class": auto_class, "save_residual": save_residual}
+        run = _identity(checkpoint, chosen, arguments, where, plan)
+        team.agree(
+            {name: json.dumps(value) for name, value in run.items()},
+            "start all ranks with the same arguments, on the same files",
+        )
+        with opened(out, run, team, resume=resume, overwrite=overwrite) as journal:
+            targets = [Target(**fields) for fields in plan["targets"]]
+            stream = team.together(
+                lambda: Stream(
+                    checkpoint,
+                    targets,
+                    chosen,
+                    journal,
+                    r=r,
+                    seed=seed,
+                    device=where,
+                    group_bytes=group_bytes,
+                )
+            )
+            spent = _solve(stream, cache, progress, with_residual)
+
+            def finish() -> Report:
+                reports = _write_adapter(stream, plan["files"], original)
+                if with_residual:
+                    copy_other_files(checkpoint, journal.outputs / RESIDUAL)
+                drift = None
+                if check is True or (check is None and 4 * checkpoint.elements < _CHECK_BYTES):
+                    drift = _drift(stream, plan["model_class"], with_residual)
+                settings, notes = dataclasses.asdict(chosen), _notes(chosen, with_residual)
+                seconds = time.perf_counter() - began
+                report = Report(chosen.name, settings, seed, seconds, reports, drift, notes, spent)
+                content = json.dumps(report.to_dict(), indent=1).encode()
+                write_atomically(journal.outputs / REPORT, content)
+                report.plot(journal.outputs / PLOT)
+                journal.place(OUTPUTS, overwrite)
+                return report
+
+            return journal.once(finish)
+
+
+def _checkpoint(model: str, out: Path) -> Checkpoint:
+    """The model's files, whose headers have been read, apart from those that are to be written."""
+    source = find_model(model)
     _check_apart(source, out)
     checkpoint = Checkpoint(source)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=r if lora_alpha is None else lora_alpha,
-        use_rslora=use_rslora,
-        target_modules=target_modules,
-    )
-    shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
-    skeleton = meta_model(source, auto_class)
-    targets = find_targets(skeleton, config, shapes)
-    original = str(source) if Path(model).is_dir() else os.fspath(model)
-    with_residual = chosen.residual and save_residual
-    if with_residual:
-        config.base_model_name_or_path = str(out / RESIDUAL)
-    elif not chosen.residual:
-        config.base_model_name_or_path = original
+    checkpoint.entries  # noqa: B018
+    return checkpoint
 
-    with staged(out, OUTPUTS, overwrite) as stage:
-        if with_residual:
-            require_space(stage, checkpoint.size)
-        layers = _layers(checkpoint, targets, r, seed, _device(device))
-        solved = engine.solve(layers, chosen, cache=cache, progress=progress)
-        stored = [solved[layer.name].to(torch.float32, layer.name) for layer in layers]
-        reports = self_check(layers, stored, chosen)
-        start, base = None, source
-        if chosen.residual:
-            start = dataclasses.replace(Start.of(chosen, seed, layers, stored), base_model=original)
-            reports = _with_bounds(reports, layers)
-        _write_adapter(stage / ADAPTER, config, layers, stored, start)
-        if with_residual:
-            base = stage / RESIDUAL
-            write_residual(checkpoint, base, _residuals(targets, layers, stored))
-        drift = None
-        if check is None:
-            check = 4 * checkpoint.elements < _CHECK_BYTES
-        if check and with_residual == chosen.residual:
-            # The widest dtype, so that nothing stored is rounded on loading.
-            dtype = max((x.weight.dtype for x in layers), key=lambda dtype: torch.finfo(dtype).bits)
-            drift = output_drift(type(skeleton), source, base, stage / ADAPTER, dtype)
-            _check_drift(drift, dtype, stage)
-        seconds = time.perf_counter() - began
-        settings, notes = dataclasses.asdict(chosen), _notes(chosen, with_residual)
-        report = Report(chosen.name, settings, seed, seconds, reports, drift, notes)
-        write_atomically(stage / REPORT, json.dumps(report.to_dict(), indent=1).encode())
-        report.plot(stage / PLOT)
-    return report
+
+def find_model(name: str) -> Path:
+    """The directory of a model: a local one, or a hub id's snapshot that was downloaded before.
+
+    Raises:
+        LoraInitError: neither is there.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise LoraInitError(f"{name} is a file: name the directory that holds the model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise LoraInitError(
+            f"{name} is neither a directory nor a model in the local Hugging Face cache: check the "
+            f"path, or download it first (hf download {name})"
+        ) from error
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    auto_class: str | None,
+    lora: dict[str, Any],
+    base: str | None,
+) -> dict[str, Any]:
+    """What `integrations.transformers.plan` says."""
+    return call(
+        "plan",
+        directory=str(checkpoint.directory),
+        auto_class=auto_class,
+        lora=lora | {"base_model_name_or_path": base},
+        shapes={key: entry.shape for key, entry in checkpoint.entries.items()},
+    )
+
+
+def _identity(
+    checkpoint: Checkpoint,
+    method: Method,
+    arguments: dict[str, Any],
+    device: torch.device,
+    plan: dict[str, Any],
+) -> dict[str, Any]:
+    """All that a run's bits depend on, by the names that users know."""
+    return {
+        "model": str(checkpoint.directory),
+        "method": method.name,
+        **{f"option {name}": value for name, value in dataclasses.asdict(method).items()},
+        **arguments,
+        "device": device.type,
+        # Without their inodes: the same file may come from another mount next time.
+        **{name: stamp[:2] for name, stamp in checkpoint.stamps.items()},
+        "plan": hashlib.sha256(json.dumps(plan).encode()).hexdigest(),
+        "lora-init": version("lora-init"),
+        "torch": torch.__version__,
+    }
+
+
+def _solve(
+    stream: Stream, cache: CacheOption, progress: bool | None, with_residual: bool
+) -> dict[str, float]:
+    """Finish every layer of the run and every weight file of its residual model, on all ranks.
+
+    Returns:
+        What becomes `Report.stream`.
+    """
+    journal, team, method = stream.journal, stream.ranks, stream.method
+    shards = stream.checkpoint.shards if with_residual else []
+    directory = journal.outputs / RESIDUAL
+
+    def left() -> tuple[list[int], list[Path]]:
+        if shards:
+            directory.mkdir(exist_ok=True)
+        missing = [shard for shard in shards if not (directory / shard.name).exists()]
+        require_space(journal.directory, sum(shard.stat().st_size for shard in missing))
+        layers = enumerate(stream.layers)
+        return [i for i, layer in layers if journal.layer(i, layer.name) is None], missing
+
+    layers, missing = journal.once(left)
+    store = journal.together(lambda: open_cache(cache, method))
+    began = time.perf_counter()
+    stream.survey()
+    surveyed = time.perf_counter()
+    resolved = journal.together(lambda: method.resolve(stream.layers))
+    shares = stream.shares(layers)
+    groups = stream.groups(shares[team.rank])
+    with ShardWriter(stream, directory, missing, shares) as writer:
+        journal.together(lambda: stream.solve(groups, resolved, store, progress, writer.finished))
+        journal.together(writer.write_shared)
+    return {
+        "groups": len(groups),
+        "peak_bytes": stream.peak_bytes(groups),
+        "target_bytes": stream.size,
+        "survey_seconds": surveyed - began,
+        "solve_seconds": time.perf_counter() - surveyed,
+    }
+
+
+def _drift(stream: Stream, model_class: str, with_residual: bool) -> float | None:
+    """How far the written model's output is from the original's; None if it takes no token ids, or
+    starts right through `lora_init.resume` only.
+
+    Raises:
+        CheckFailed: the output of an fp32 model moved by more than `_MAX_DRIFT`.
+    """
+    if stream.method.residual and not with_residual:
+        return None
+    stage, source = stream.journal.outputs, stream.checkpoint.directory
+    # The widest dtype, so that nothing stored is rounded on loading.
+    dtype = max((x.weight.dtype for x in stream.layers), key=lambda x: torch.finfo(x).bits)
+    drift = call(
+        "output_drift",
+        model_class=model_class,
+        original=str(source),
+        base=str(stage / RESIDUAL if with_residual else source),
+        adapter=str(stage / ADAPTER),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    _check_drift(drift, dtype, stage)
+    return drift
 
 
 def _check_drift(drift: float | None, dtype: torch.dtype, stage: Path) -> None:
@@ -167,71 +313,35 @@ def _check_apart(source: Path, out: Path) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(name: str, team: Ranks) -> torch.device:
+    if name == "auto" and torch.cuda.is_available():
+        # Of several processes on a machine, each has a GPU of its own.
+        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        name = f"cuda:{own}" if team.size > 1 else "cuda"
     try:
-        device = torch.device(name)
+        device = torch.device("cpu" if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise LoraInitError(f"device {name!r} cannot be used ({error})") from error
     return device
 
 
-def _layers(
-    checkpoint: Checkpoint, targets: Sequence[Target], r: int, seed: int, device: torch.device
-) -> list[Layer]:
-    layers = []
-    for target in targets:
-        weight = checkpoint.tensor(target.key).to(device)
-        if weight.dtype not in _DTYPES:
-            raise LoraInitError(
-                f"{target.name}: its weight is stored as {weight.dtype}, which cannot hold a "
-                f"residual: convert the model to bfloat16 or wider"
-            )
-        weight = weight.T if target.transposed else weight
-        layers.append(Layer(target.name, weight, r, target.scaling, seed))
-    return layers
-
-
-def _residuals(
-    targets: Sequence[Target], layers: Sequence[Layer], stored: Sequence[Factors]
-) -> dict[str, Callable[[], Tensor]]:
-    """Checkpoint key -> function giving R as it lies in the file."""
-
-    def residual(target: Target, layer: Layer, factors: Factors) -> Tensor:
-        R = factors.residual(layer.weight, layer.name)
-        return R.T if target.transposed else R
-
-    items = zip(targets, layers, stored, strict=True)
-    return {item[0].key: partial(residual, *item) for item in items}
-
-
-def _with_bounds(reports: list[LayerReport], layers: Sequence[Layer]) -> list[LayerReport]:
-    bounds = eckart_young([layer.weight for layer in layers], [layer.r for layer in layers])
-    if bounds is None:
-        return reports
-    return [dataclasses.replace(x, bound=b) for x, b in zip(reports, bounds, strict=True)]
-
-
-def _write_adapter(
-    directory: Path,
-    config: LoraConfig,
-    layers: Sequence[Layer],
-    stored: Sequence[Factors],
-    start: Start | None,
-) -> None:
-    modules: Any = config.target_modules
-    if isinstance(modules, set):  # which PEFT would save in another order each time
-        config.target_modules = sorted(modules)
-    config.save_pretrained(str(directory))
-    tensors: dict[str, Tensor] = {}
-    current: dict[str, Tensor] = {}
-    for layer, factors in zip(layers, stored, strict=True):
-        for part, tensor in (("A", factors.A), ("B", factors.B)):
-            dense = tensor.cpu().contiguous()
-            tensors[adapter_key(layer.name, part)] = dense
-            current[f"{layer.name}.{part}"] = dense
+def _write_adapter(stream: Stream, files: Mapping[str, str], original: str) -> list[LayerReport]:
+    """Write the step-0 adapter from the finished layers; returns their reports."""
+    finished = [stream.finished(i) for i in range(len(stream.layers))]
+    stored, reports = [factors for factors, _ in finished], [report for _, report in finished]
+    judge(reports, stream.layers)
+    directory = stream.journal.outputs / ADAPTER
+    for name, text in files.items():
+        write_atomically(directory / name, text.encode())
+    parts: dict[tuple[str, str], Tensor] = {}
+    for layer, factors in zip(stream.layers, stored, strict=True):
+        parts |= {(layer.name, "A"): factors.A, (layer.name, "B"): factors.B}
+    tensors = {adapter_key(name, part): tensor for (name, part), tensor in parts.items()}
     write_atomically(directory / ADAPTER_FILE, save(tensors, {"format": "pt"}))
-    if start:
-        write_start(directory, start, current)
+    if stream.method.residual:
+        seed = stream.layers[0].seed
+        start = Start.of(stream.method, seed, stream.layers, stored)
+        current = {f"{name}.{part}": tensor for (name, part), tensor in parts.items()}
+        write_start(directory, dataclasses.replace(start, base_model=original), current)
+    return reports

@@ -2,21 +2,23 @@
 
 The model is built on the meta device, so nothing is loaded. Which modules a LoRA adapts is decided
 by PEFT itself, and which tensor goes into which module by transformers' own rules for loading.
+`plan` and `output_drift` are asked through `integrations.child`: JSON in, JSON out.
 """
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import Linear, LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -24,7 +26,9 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
+from lora_init.checkpoints import Target
 from lora_init.factors import LoraInitError
 from lora_init.report import first_output, relative_drift
 
@@ -32,41 +36,43 @@ _INSTEAD = "load the model yourself and use lora_init.initialize"
 _ADAPTER = "default"
 
 
-@dataclass(frozen=True)
-class Target:
-    """One adapted module of a checkpoint.
+def plan(
+    directory: str,
+    auto_class: str | None,
+    lora: dict[str, Any],
+    shapes: dict[str, Sequence[int]],
+) -> dict[str, Any]:
+    """What a run on a checkpoint is to do.
 
-    Attributes:
-        name: module name in the base model.
-        key: of its weight in the checkpoint.
-        transposed: the weight lies there as (in, out), as Conv1D has it.
-        scaling: s of its adapter.
-    """
+    Args:
+        auto_class: see `meta_model`.
+        lora: fields of `peft.LoraConfig`.
+        shapes: checkpoint key -> shape.
 
-    name: str
-    key: str
-    transposed: bool
-    scaling: float
-
-
-def find_model(name: str) -> Path:
-    """The directory of a model: a local one, or a hub id's snapshot that was downloaded before.
+    Returns:
+        "targets": fields of every adapted module's `Target`, in the model's order; "model_class":
+        for `output_drift`; "files": name -> text of the files that PEFT saves beside an adapter's
+        weights.
 
     Raises:
-        LoraInitError: neither is there.
+        LoraInitError: see `meta_model` and `find_targets`.
     """
-    path = Path(name)
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
-        raise LoraInitError(f"{name} is a file: name the directory that holds the model")
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise LoraInitError(
-            f"{name} is neither a directory nor a model in the local Hugging Face cache: check the "
-            f"path, or download it first (hf download {name})"
-        ) from error
+    with _quietly():
+        config = LoraConfig(**lora)
+        model = meta_model(Path(directory), auto_class)
+        targets = find_targets(model, config, {key: tuple(x) for key, x in shapes.items()})
+        modules: Any = config.target_modules
+        if isinstance(modules, set):  # which PEFT would save in another order each time
+            config.target_modules = sorted(modules)
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            files = {path.name: path.read_text("utf-8") for path in Path(folder).iterdir()}
+    kind = type(model)
+    return {
+        "targets": [asdict(target) for target in targets],
+        "model_class": f"{kind.__module__}:{kind.__qualname__}",
+        "files": files,
+    }
 
 
 def meta_model(directory: Path, auto_class: str | None = None) -> Any:
@@ -171,21 +177,27 @@ def find_targets(
 
 
 def output_drift(
-    model_class: Any, original: Path, base: Path, adapter: Path, dtype: torch.dtype
+    model_class: str, original: str, base: str, adapter: str, dtype: str
 ) -> float | None:
     """max|Δoutput| / max|output| of `base` with `adapter` against the original, on one fixed batch.
 
-    Both are loaded in `dtype` by stock transformers and PEFT, one after the other.
+    Both are loaded by stock transformers and PEFT, one after the other.
+
+    Args:
+        model_class: from `plan`.
+        dtype: to load them in, e.g. "float32".
 
     Returns:
         None if the model takes no token ids.
     """
+    module, _, name = model_class.partition(":")
+    kind = getattr(import_module(module), name)
 
-    def load(directory: Path) -> Any:
+    def load(directory: str) -> Any:
         torch.manual_seed(0)  # a head that the checkpoint lacks is drawn anew
-        return model_class.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        return kind.from_pretrained(directory, dtype=getattr(torch, dtype), local_files_only=True)
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with _quietly(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of one library about the other
         model = load(original)
         batch = _token_ids(model)
@@ -194,8 +206,22 @@ def output_drift(
         before = first_output(model, batch)
         del model
         model = load(base)
-        after = first_output(PeftModel.from_pretrained(model, str(adapter)), batch)
+        after = first_output(PeftModel.from_pretrained(model, adapter), batch)
     return relative_drift(after, before)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' log lines and bars; how it was set is put back."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_module(

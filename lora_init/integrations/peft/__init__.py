@@ -6,24 +6,26 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel
 from torch import Tensor
 
-from lora_init import engine
 from lora_init.cache import CacheOption
-from lora_init.checkpoints import Start, read_start
-from lora_init.factors import Factors, LoraInitError
+from lora_init.checkpoints import LayerStart, Start, read_start
+from lora_init.distributed import Ranks, ranks
+from lora_init.engine import GroupBytes
+from lora_init.factors import Factors, LoraInitError, weight_digest
 from lora_init.integrations.peft.layers import (
     LoraLinear,
-    base_weight,
+    any_sharded,
     check_adapter,
     commit,
     initialisable_modules,
     lora_config,
+    on,
 )
 from lora_init.integrations.peft.residual_model import (
     ResidualModel,
@@ -32,15 +34,14 @@ from lora_init.integrations.peft.residual_model import (
     check_untouched,
     other_tensors,
 )
+from lora_init.integrations.peft.sharded import reshard
+from lora_init.integrations.peft.shares import ALIKE, Solved, describe, dropout, read, solve
 from lora_init.methods import Layer, Method, resolve_method
 from lora_init.parallel import map_layers
-from lora_init.report import Report, first_output, relative_drift, self_check
+from lora_init.report import WEIGHT_DECAY_NOTE, Report, first_output, relative_drift
 from lora_init.staging import merged_into, move_into
 
-WEIGHT_DECAY_NOTE = (
-    "train A and B with weight_decay=0: decay pulls B·A to 0, away from the A₀, B₀ that the base's "
-    "residual is made for"
-)
+T = TypeVar("T")
 
 
 def initialize(
@@ -51,7 +52,9 @@ def initialize(
     seed: int = 0,
     cache: CacheOption = "auto",
     progress: bool | None = None,
+    group_bytes: GroupBytes = "auto",
     example: Mapping[str, Tensor] | Tensor | None = None,
+    distributed: bool = True,
     **options: Any,
 ) -> Report:
     """Initialise a PEFT model's LoRA adapter in place, all layers concurrently.
@@ -63,60 +66,96 @@ def initialize(
     `load_adapter` restores from there: Trainer checkpoints, the best model at the end and resumed
     runs are right by themselves.
 
+    In a torch.distributed job all ranks call this at the same place: each solves its share of the
+    layers and gets all factors, with the same bits on every rank and as in one process. That works
+    on plain models before DistributedDataParallel wraps them, on parameters that FSDP2
+    (`fully_shard`) or DeepSpeed ZeRO-3 has sharded, and must come before DeepSpeed makes its
+    optimizer, which copies the parameters. Ranks whose calls, layers or base weights differ all get
+    one error, and so do all if one of them fails.
+
     Args:
         model: from `peft.get_peft_model`; not merged, its base not changed by another
             initialisation.
         method: a name from `lora_init.methods()` or a method object.
         adapter_name: the active adapter if None.
-        seed, cache, progress, options: see `lora_init.approximate`.
+        seed, cache, progress, group_bytes, options: see `lora_init.approximate`.
         example: a batch (a mapping of keyword arguments, or one tensor) to measure the output's
-            drift on.
+            drift on; the largest of the ranks is reported.
+        distributed: False solves everything on this rank alone, for ranks that hold different
+            models or are not all here; its parameters must not be sharded then.
 
     Returns:
         A `Report`; print it for the table.
 
     Raises:
-        LoraInitError: naming the layer, the value and the way out; the model is then as it was.
+        LoraInitError: naming the layer, the value and the way out; the model is then as it was, on
+            every rank.
     """
     began = time.perf_counter()
-    chosen = resolve_method(method, options)
-    adapter = check_adapter(model, adapter_name)
-    check_untouched(model)
-    modules = initialisable_modules(model, adapter, chosen.residual)
-    layers = [
-        Layer(name, base_weight(module), module.r[adapter], float(module.scaling[adapter]), seed)
-        for name, module in modules.items()
-    ]
-    solved = engine.solve(layers, chosen, cache=cache, progress=progress)
-    stored = [
-        solved[name].to(module.lora_A[adapter].weight.dtype, name)
-        for name, module in modules.items()
-    ]
-    reports = self_check(layers, stored, chosen)
-    start = Start.of(chosen, seed, layers, stored)
-    before = None
-    if example is not None:
-        with model.disable_adapter():
-            before = first_output(model, example)
 
-    commit(list(modules.values()), stored, adapter, chosen.residual)
-    # PEFT would otherwise run another initialisation over these factors when it rebuilds the
-    # adapter.
-    lora_config(model, adapter).init_lora_weights = True
-    notes = []
-    if chosen.residual:
-        attach(model, adapter, start)
-        notes.append(WEIGHT_DECAY_NOTE)
-        _warn_dropout(modules, stored, layers, adapter)
-    drift = None
-    if example is not None and before is not None:
-        drift = relative_drift(first_output(model, example), before)
+    def prepare() -> tuple[Method, str, dict[str, LoraLinear], dict[str, str]]:
+        chosen = resolve_method(method, options)
+        adapter = check_adapter(model, adapter_name)
+        check_untouched(model)
+        modules = _modules(model, adapter, chosen.residual, distributed)
+        call = {
+            "the method": chosen.name,
+            "its options": str(dataclasses.asdict(chosen)),
+            "the seed": str(seed),
+            "the adapter": adapter,
+            "the example": "none" if example is None else "given",
+        }
+        return chosen, adapter, modules, call | describe(job, modules, adapter)
+
+    with ranks(distributed) as job:
+        chosen, adapter, modules, description = job.together(prepare)
+        job.agree(description, ALIKE)
+        solved = solve(
+            job,
+            modules,
+            adapter,
+            chosen,
+            seed=seed,
+            cache=cache,
+            progress=progress,
+            group_bytes=group_bytes,
+        )
+        stored = [layer.stored for layer in solved]
+        start = Start.of(chosen, seed, [layer.layer for layer in solved], stored)
+
+        def forward() -> Tensor:
+            return _output(model, example)
+
+        # Sharded models compute together: a rank that failed would not be waited for by the others.
+        run = _alone if any_sharded(modules.values(), adapter) else job.together
+        before = None
+        if example is not None:
+            with model.disable_adapter():
+                before = run(forward)
+
+        commit(list(modules.values()), stored, adapter, chosen.residual)
+        # PEFT would otherwise run another initialisation over these factors when it rebuilds the
+        # adapter.
+        lora_config(model, adapter).init_lora_weights = True
+        notes = []
+        if chosen.residual:
+            attach(model, adapter, start)
+            notes.append(WEIGHT_DECAY_NOTE)
+            if job.rank == 0:
+                _warn_dropout(solved, modules, adapter)
+        drift = None
+        if before is not None:
+            drift = max(job.gather(relative_drift(run(forward), before)))
     seconds = time.perf_counter() - began
+    reports = [layer.report for layer in solved]
     return Report(chosen.name, dataclasses.asdict(chosen), seed, seconds, reports, drift, notes)
 
 
 def save_adapter(
-    model: PeftModel, directory: str | os.PathLike[str], adapter_name: str | None = None
+    model: PeftModel,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter as plain LoRA for the *original* base model, at any time during training.
 
@@ -129,22 +168,29 @@ def save_adapter(
         model: a PEFT model, initialised by this package or not (its adapter is then saved as PEFT
             does).
         adapter_name: the active adapter if None.
+        state_dict: all of the model's, where FSDP2 or ZeRO-3 sharded it: what
+            `accelerator.get_state_dict(model)` returns. Call this on one rank only.
 
     Raises:
-        LoraInitError: the directory cannot be written.
+        LoraInitError: the directory cannot be written, or parameters are sharded and no whole
+            `state_dict` is given.
     """
     adapter = check_adapter(model, adapter_name)
     with merged_into(Path(directory)) as staging:
         if isinstance(model, ResidualModel):
-            model._save_plain(staging, [adapter])
+            model._save_plain(staging, [adapter], model._whole_state(state_dict))
         else:
-            model.save_pretrained(str(staging), selected_adapters=[adapter])
+            model.save_pretrained(str(staging), selected_adapters=[adapter], state_dict=state_dict)
         if adapter != "default":  # PEFT gives every other adapter a folder of its own
             move_into(staging / adapter, staging)
 
 
 def resume(
-    model: PeftModel, checkpoint: str | os.PathLike[str], adapter_name: str | None = None
+    model: PeftModel,
+    checkpoint: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    distributed: bool = True,
 ) -> None:
     """Continue from a checkpoint of an initialised model: rebuild R from its A₀, B₀, never solve
     again.
@@ -152,65 +198,104 @@ def resume(
     Args:
         model: a PEFT model on the *original* base with the run's LoRA config, or one initialised
             the same way.
-        checkpoint: a directory that this model's `save_pretrained` (or a Trainer) wrote.
+        checkpoint: a directory that this model's `save_pretrained` (or a Trainer) wrote; every rank
+            reads it.
         adapter_name: the active adapter if None.
+        distributed: as for `initialize`.
 
     Raises:
         LoraInitError: it is no such checkpoint, or of another base, config or start; the model is
-            then as it was.
+            then as it was, on every rank.
     """
-    adapter = check_adapter(model, adapter_name)
-    start, current = read_start(checkpoint)
-    others = other_tensors(Path(checkpoint), start, current)
-    if not (isinstance(model, ResidualModel) and adapter in model.lora_init_starts):
+
+    def prepare() -> tuple[str, Start, dict[str, Tensor], dict[str, Tensor], dict[str, LoraLinear]]:
+        adapter = check_adapter(model, adapter_name)
+        start, current = read_start(checkpoint)
+        others = other_tensors(Path(checkpoint), start, current)
+        if isinstance(model, ResidualModel) and adapter in model.lora_init_starts:
+            return adapter, start, current, others, {}
         check_untouched(model)
-        modules = initialisable_modules(model, adapter, residual=True)
+        modules = _modules(model, adapter, True, distributed)
         check_same_layers(start, modules, adapter, checkpoint)
-        layers = [
-            Layer(name, base_weight(module), module.r[adapter]) for name, module in modules.items()
-        ]
-        for layer, digest in zip(
-            layers, map_layers(lambda layer: layer.digest, layers), strict=True
-        ):
-            expected = start.layers[layer.name]
-            if digest != expected.base_digest:
-                raise LoraInitError(
-                    f"{layer.name}: the base weight is not the one that {checkpoint} started from "
-                    f"(it was {expected.base_dtype}, this is "
-                    f"{str(layer.weight.dtype).removeprefix('torch.')}): load that base model, in "
-                    f"that dtype, with no other initialisation on it"
-                )
-        factors = [
-            Factors(x.A0.to(layer.weight.device), x.B0.to(layer.weight.device), x.scaling)
-            for layer, x in ((layer, start.layers[layer.name]) for layer in layers)
-        ]
-        # Checks that every residual fits before the first one is written.
-        map_layers(
-            lambda pair: pair[1].residual(pair[0].weight, pair[0].name),
-            list(zip(layers, factors, strict=True)),
+        return adapter, start, current, others, modules
+
+    with ranks(distributed) as job:
+        adapter, start, current, others, modules = job.together(prepare)
+        factors = [t for layer in start.layers.values() for t in (layer.A0, layer.B0)]
+        description = {"the adapter": adapter, "the start's digest": weight_digest(*factors)}
+        job.agree(description | job.together(lambda: describe(job, modules, adapter)), ALIKE)
+        if modules:
+            _rebuild(job, model, adapter, modules, start, checkpoint)
+        assert isinstance(model, ResidualModel)
+        model._restore(adapter, start, current, others, checkpoint)
+
+
+def _rebuild(
+    job: Ranks,
+    model: PeftModel,
+    adapter: str,
+    modules: Mapping[str, LoraLinear],
+    start: Start,
+    source: str | os.PathLike[str],
+) -> None:
+    """Make the base the residual of a start that was read from a checkpoint."""
+    own = read(job, modules, adapter)
+
+    def check(layer: Layer) -> None:
+        expected = start.layers[layer.name]
+        if layer.digest != expected.base_digest:
+            raise LoraInitError(
+                f"{layer.name}: the base weight is not the one that {source} started from "
+                f"(it was {expected.base_dtype}, this is "
+                f"{str(layer.weight.dtype).removeprefix('torch.')}): load that base model, in "
+                f"that dtype, with no other initialisation on it"
+            )
+        # Every residual fits before the first one is written.
+        on(layer.weight.device, _factors(expected)).residual(layer.weight, layer.name)
+
+    job.together(lambda: map_layers(check, list(own.values())))
+    factors = [_factors(start.layers[name]) for name in modules]
+    commit(list(modules.values()), factors, adapter, residual=True)
+    lora_config(model, adapter).init_lora_weights = True
+    attach(model, adapter, start)
+
+
+def _factors(layer: LayerStart) -> Factors:
+    return Factors(layer.A0, layer.B0, layer.scaling)
+
+
+def _modules(
+    model: PeftModel, adapter: str, residual: bool, distributed: bool
+) -> dict[str, LoraLinear]:
+    reshard(model)
+    modules = initialisable_modules(model, adapter, residual)
+    if not distributed and any_sharded(modules.values(), adapter):
+        raise LoraInitError(
+            "distributed=False, but the parameters of this model are sharded over ranks, which "
+            "must read them together: leave distributed=True"
         )
-        commit(list(modules.values()), factors, adapter, residual=True)
-        lora_config(model, adapter).init_lora_weights = True
-        attach(model, adapter, start)
-    assert isinstance(model, ResidualModel)
-    model._restore(adapter, start, current, others, checkpoint)
+    return modules
+
+
+def _output(model: PeftModel, example: Any) -> Tensor:
+    output = first_output(model, example)
+    reshard(model)
+    return output
+
+
+def _alone(function: Callable[[], T]) -> T:
+    return function()
 
 
 def _warn_dropout(
-    modules: Mapping[str, LoraLinear],
-    stored: Sequence[Factors],
-    layers: Sequence[Layer],
-    adapter: str,
+    solved: Sequence[Solved], modules: Mapping[str, LoraLinear], adapter: str
 ) -> None:
-    noisy = [
-        (factors.drift_under_dropout(layer.weight, p), layer.name, p)
-        for layer, factors, module in zip(layers, stored, modules.values(), strict=True)
-        if (p := float(getattr(module.lora_dropout[adapter], "p", 0.0))) > 0
-    ]
-    if noisy:
-        drift, name, p = max(noisy)
+    worst = max(solved, key=lambda layer: layer.noise)
+    if worst.noise:
+        name = worst.layer.name
         warnings.warn(
-            f"lora_dropout={p:g} adds noise of {drift:.1%} to the output of {name} at step 0, "
-            f"because s·B₀A₀ is no longer 0: set lora_dropout=0; and {WEIGHT_DECAY_NOTE}",
+            f"lora_dropout={dropout(modules[name], adapter):g} adds noise of {worst.noise:.1%} to "
+            f"the output of {name} at step 0, because s·B₀A₀ is no longer 0: set lora_dropout=0; "
+            f"and {WEIGHT_DECAY_NOTE}",
             stacklevel=3,
         )

@@ -6,17 +6,20 @@ import contextlib
 import itertools
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_init.adapters import MODEL_PREFIX
+from lora_init.distributed import alive
 from lora_init.factors import Factors, LoraInitError
-from lora_init.parallel import map_layers
+from lora_init.integrations.peft.sharded import gathered, here, is_sharded, whole_shape
+from lora_init.parallel import map_layers, single_threaded
 
 # peft.tuners.lora.Linear; its attributes are hidden from a type checker by nn.Module's __getattr__.
 LoraLinear = Any
@@ -103,12 +106,15 @@ def _why_not(module: LoraLayer, adapter: str, residual: bool) -> str | None:
         variant = type(module.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
         return f"its adapter is {variant}, not plain LoRA"
     weight = base.weight
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    if type(here(weight)) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         kind = f"{type(weight).__name__} of {weight.dtype}"
+        return f"its base weight is a {kind} (quantised), not a plain floating-point tensor"
+    if len(whole_shape(weight)) != 2:
         return (
-            f"its base weight is a {kind} (quantised or sharded), not a plain floating-point tensor"
+            f"its base weight has the shape {whole_shape(weight)} instead of (out, in): initialise "
+            f"before FullyShardedDataParallel flattens it, or use fully_shard (FSDP2)"
         )
-    if weight.device.type == "meta" or module.lora_A[adapter].weight.device.type == "meta":
+    if "meta" in (here(weight).device.type, here(module.lora_A[adapter].weight).device.type):
         return "its weights are on the meta device and have no values: load the model first"
     if module.merged:
         merged = ", ".join(module.merged_adapters)
@@ -120,49 +126,89 @@ def _why_not(module: LoraLayer, adapter: str, residual: bool) -> str | None:
 
 
 def _sharing(model: nn.Module, found: Mapping[str, LoraLayer]) -> dict[str, str]:
-    """Why a target's base weight must not be written: another parameter lies in the same memory."""
-    spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if p.device.type != "meta" and p.numel()
-    )
+    """Why a target's base weight must not be written: another parameter lies in the same memory, or
+    is the same object (of a sharded one there may be nothing in this process' memory).
+    """
+    parameters = [
+        (name, parameter, here(parameter))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    ]
     clashes: dict[str, str] = {}
+
+    def clash(one: str, other: str) -> None:
+        clashes.setdefault(one, other)
+        clashes.setdefault(other, one)
+
+    spans = sorted(
+        (part.data_ptr(), part.data_ptr() + part.numel() * part.element_size(), name)
+        for name, _, part in parameters
+        if part.device.type != "meta" and part.numel()
+    )
     for (_, end, one), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
-            clashes.setdefault(one, other)
-            clashes.setdefault(other, one)
+            clash(one, other)
+    names: dict[int, str] = {}
+    for name, parameter, _ in parameters:
+        first = names.setdefault(id(parameter), name)
+        if first != name:
+            clash(first, name)
     reasons = {}
     for name in found:
-        clash = clashes.get(f"{MODEL_PREFIX}{name}.base_layer.weight")
-        if clash:
-            other = clash.removeprefix(MODEL_PREFIX).replace(".base_layer", "")
+        shared = clashes.get(f"{MODEL_PREFIX}{name}.base_layer.weight")
+        if shared:
+            other = shared.removeprefix(MODEL_PREFIX).replace(".base_layer", "")
             reasons[name] = (
                 f"its weight is shared with {other}, which would change too (tied weights)"
             )
     return reasons
 
 
-def base_weight(module: LoraLinear) -> Tensor:
-    """W (out, in) as a view of the base weight."""
-    weight = module.get_base_layer().weight.detach()
+def oriented(module: LoraLinear, weight: Tensor) -> Tensor:
+    """A base weight's values as W (out, in); Conv1D keeps them as (in, out)."""
     return weight.T if module.fan_in_fan_out else weight
 
 
 def commit(
     modules: Sequence[LoraLinear], factors: Sequence[Factors], adapter: str, residual: bool
 ) -> None:
-    """Write factors and residuals into the model; all that can fail has been tried before."""
+    """Write factors, from whatever device, and residuals into the model; all that can fail has been
+    tried before.
+    """
 
     def one(item: tuple[LoraLinear, Factors]) -> None:
         module, stored = item
-        weight = base_weight(module)
-        if residual:
-            stored.residual(weight, out=weight)
-        module.lora_A[adapter].weight.copy_(stored.A)
-        module.lora_B[adapter].weight.copy_(stored.B)
+        base = [module.get_base_layer().weight] if residual else []
+        targets = [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
+        with gathered(*targets, *base, write=True) as (A, B, *weights):
+            for values in weights:
+                weight = oriented(module, values)
+                on(weight.device, stored).residual(weight, out=weight)
+            A.copy_(stored.A)
+            B.copy_(stored.B)
 
+    items = list(zip(modules, factors, strict=True))
     with _deferred_interrupt():
-        map_layers(one, list(zip(modules, factors, strict=True)))
+        if any_sharded(modules, adapter):
+            # Collectives: in one order on all ranks, from the thread whose device the caller set.
+            with alive(), single_threaded(), torch.no_grad():
+                for item in items:
+                    one(item)
+        else:
+            map_layers(one, items)
+
+
+def any_sharded(modules: Iterable[LoraLinear], adapter: str) -> bool:
+    """Whether a base weight or a factor is."""
+    return any(
+        is_sharded(layer.weight)
+        for module in modules
+        for layer in (module.get_base_layer(), module.lora_A[adapter], module.lora_B[adapter])
+    )
+
+
+def on(device: torch.device, factors: Factors) -> Factors:
+    """The factors on a device, themselves if they are there."""
+    return Factors(factors.A.to(device), factors.B.to(device), factors.scaling, factors.info)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from lora_init.adapters import ADAPTER_FILE, adapter_key, plain_config, plain_te
 from lora_init.checkpoints import SIDECAR, Start, read_safetensors, read_start, write_start
 from lora_init.factors import LoraInitError
 from lora_init.integrations.peft.layers import lora_layers
+from lora_init.integrations.peft.sharded import is_sharded, loadable
 from lora_init.staging import merged_into
 
 
@@ -46,9 +47,13 @@ class ResidualModel(PeftModel):
 
         `lora_init/` beside each holds what `load_adapter` and `lora_init.resume` continue from.
 
+        Args:
+            state_dict: all of this model's, on the main process, where FSDP2 or ZeRO-3 sharded it:
+                what `accelerator.get_state_dict(model)` returns, as Trainer passes it.
+
         Raises:
-            LoraInitError: pickles or PEFT's own conversion were asked for, or the directory cannot
-                be written.
+            LoraInitError: pickles or PEFT's own conversion were asked for, parameters are sharded
+                and no whole `state_dict` is given, or the directory cannot be written.
         """
         if not safe_serialization:
             raise LoraInitError(
@@ -61,12 +66,19 @@ class ResidualModel(PeftModel):
             )
         names = list(selected_adapters or self.peft_config)
         kwargs["save_embedding_layers"] = save_embedding_layers
-        if not is_main_process:  # joins whatever collectives gathering takes, writes nothing
-            self._save_plain(Path(save_directory), names, is_main_process=False, **kwargs)
+        state = self._whole_state(kwargs.pop("state_dict", None))
+        if not is_main_process:
+            if state:  # joins what PEFT gathers on all ranks; gathered before, it is on rank 0 only
+                super().save_pretrained(
+                    str(save_directory),
+                    selected_adapters=names,
+                    is_main_process=False,
+                    state_dict=state,
+                    **kwargs,
+                )
             return
         with merged_into(Path(save_directory)) as staging:
-            self._save_plain(staging, names, **kwargs)
-            state = kwargs.get("state_dict") or self.state_dict()
+            self._save_plain(staging, names, state, **kwargs)
             for adapter in names:
                 if adapter in self.lora_init_starts:
                     folder = staging if adapter == "default" else staging / adapter
@@ -113,13 +125,31 @@ class ResidualModel(PeftModel):
         with super().disable_adapter():
             yield
 
-    def _save_plain(self, directory: Path, adapters: Sequence[str], **kwargs: Any) -> None:
+    def _whole_state(self, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The state dict to save from, which was given or is this model's own.
+
+        Raises:
+            LoraInitError: there are only parts of it here.
+        """
+        state = dict(self.state_dict() if given is None else given)
+        own = list(self.parameters()) if given is None else []
+        if any(map(is_sharded, [*state.values(), *own])):
+            raise LoraInitError(
+                "the parameters of this model are sharded over ranks: have all ranks call "
+                "accelerator.get_state_dict(model), or torch.distributed.checkpoint.state_dict."
+                "get_model_state_dict with full_state_dict=True and cpu_offload=True, and pass "
+                "what it returns as state_dict="
+            )
+        return state
+
+    def _save_plain(
+        self, directory: Path, adapters: Sequence[str], state: dict[str, Tensor], **kwargs: Any
+    ) -> None:
         """PEFT's own save with the initialised adapters' tensors and configs exchanged for their
         plain form.
         """
-        state = dict(kwargs.pop("state_dict", None) or self.state_dict())
         configs = cast("dict[str, LoraConfig]", self.peft_config)
-        live = dict(configs)
+        live, state = dict(configs), dict(state)
         for adapter in adapters:
             if adapter in self.lora_init_starts:
                 start = self.lora_init_starts[adapter]
@@ -140,9 +170,16 @@ class ResidualModel(PeftModel):
 
     def _current(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         current = {}
-        for name in self.lora_init_starts[adapter].layers:
-            for part in ("A", "B", "bias"):
-                tensor = state.get(adapter_key(name, part, adapter))
+        for name, start in self.lora_init_starts[adapter].layers.items():
+            for part, shape in (("A", start.A0.shape), ("B", start.B0.shape), ("bias", None)):
+                key = adapter_key(name, part, adapter)
+                tensor = state.get(key)
+                if shape and (tensor is None or tensor.shape != shape):
+                    found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+                    raise LoraInitError(
+                        f"{key} {found} in the state_dict to save, not {tuple(shape)}: pass all of "
+                        f"the unwrapped model's, or none"
+                    )
                 if tensor is not None:
                     current[f"{name}.{part}"] = tensor
         return current
@@ -176,7 +213,8 @@ class ResidualModel(PeftModel):
         for key, tensor in current.items():
             name, _, part = key.rpartition(".")
             state[adapter_key(name, part)] = tensor
-        return set_peft_model_state_dict(self, state, adapter_name=adapter)
+        with loadable(self):
+            return set_peft_model_state_dict(self, state, adapter_name=adapter)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: rebuild it from PEFT's own on unpickling and copying.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lora_init.backends import BackendError, backend
+from lora_init.backends import BackendError, backend, explain
 from lora_init.engine import approximate
 from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import methods
@@ -25,6 +25,7 @@ __all__ = [
     "LoraInitError",
     "approximate",
     "backend",
+    "explain",
     "export_adapter",
     "initialize",
     "initialize_checkpoint",

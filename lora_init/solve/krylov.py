@@ -81,18 +81,17 @@ def truncate(
         advance: told of each layer that is done, by its index.
     """
     began = time.perf_counter()
-    found: dict[int, Truncation] = {}
     batches = _batches(weights, ranks, generators, energies)
-    while batches:
-        _read(batches)
-        finished = map_layers(lambda batch: batch.finish(tol, max_reads), batches)
-        for done in finished:
-            found |= done
-            for index in done:
-                if advance:
-                    advance(index)
-        batches = [batch for batch in batches if batch.indices]
-        map_layers(lambda batch: batch.expand(), batches)
+
+    def run(together: list[_Batch]) -> dict[int, Truncation]:
+        return _iterate(together, tol, max_reads, advance)
+
+    if weights and weights[0].device.type == "cpu" and len(batches) >= torch.get_num_threads():
+        # Each on its own from start to end: no thread waits for another after every read.
+        parts = map_layers(lambda batch: run([batch]), batches, cost=_Batch.cost)
+    else:
+        parts = [run(batches)]
+    found = {i: result for part in parts for i, result in part.items()}
     seconds = time.perf_counter() - began
     for truncation in found.values():
         truncation.info["seconds"] = seconds
@@ -148,13 +147,27 @@ def _batches(
     )
 
 
-def _read(batches: Sequence[_Batch]) -> None:
-    """One read of every weight, and what follows from it."""
-    operands = [operand for batch in batches for operand in batch.operands()]
-    group, A, B = (list(column) for column in zip(*operands, strict=True))
-    products = iter(dual_project(group, A, B))
-    pairs = [[next(products) for _ in batch.weights] for batch in batches]
-    map_layers(lambda item: item[0].absorb(item[1]), list(zip(batches, pairs, strict=True)))
+def _iterate(
+    batches: list[_Batch], tol: float, max_reads: int, advance: Callable[[int], None] | None
+) -> dict[int, Truncation]:
+    """Read all weights of the batches in step until every layer is done; results by index."""
+    found: dict[int, Truncation] = {}
+    while batches:
+        operands = [operand for batch in batches for operand in batch.operands()]
+        group, A, B = (list(column) for column in zip(*operands, strict=True))
+        products = iter(dual_project(group, A, B))
+        pairs = [[next(products) for _ in batch.weights] for batch in batches]
+        finished = map_layers(
+            lambda item: item[0].advance(item[1], tol, max_reads),
+            list(zip(batches, pairs, strict=True)),
+        )
+        for done in finished:
+            found |= done
+            for index in done:
+                if advance:
+                    advance(index)
+        batches = [batch for batch in batches if batch.indices]
+    return found
 
 
 class _Rows:
@@ -259,21 +272,26 @@ class _Batch:
             else:
                 yield weight, block, block.new_empty(out_features, 0)
 
-    def absorb(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take in a read, and note the energy captured with it."""
+    def cost(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
+    def advance(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], tol: float, max_reads: int
+    ) -> dict[int, Truncation]:
+        """Take in a read, and make the next block of what is not done; what is, by index."""
         self.reads += 1
         self.products = torch.stack([WX.T if self.swapped else YW for WX, YW in pairs])
-        side = self.right if self.swapped else self.left
+        side, other = (self.right, self.left) if self.swapped else (self.left, self.right)
         side.absorb(self.products)
         top = torch.linalg.eigvalsh(side.gram)[:, -self.r :].sum(1)
         for captured, energy in zip(self.captured, top.tolist(), strict=True):
             captured.append(energy)
+        done = self._finish(tol, max_reads)
+        if self.indices:
+            other.extend(self.products)  # their part outside its basis
+        return done
 
-    def expand(self) -> None:
-        """The products' part outside the other side's basis is its next block."""
-        (self.left if self.swapped else self.right).extend(self.products)
-
-    def finish(self, tol: float, max_reads: int) -> dict[int, Truncation]:
+    def _finish(self, tol: float, max_reads: int) -> dict[int, Truncation]:
         """Take the layers that are done out of the batch; their results by index."""
         if self.reads < _MIN_READS:
             return {}
@@ -313,12 +331,12 @@ class _Batch:
         P = vectors[:, -self.r :].flip(1)
         basis = side.basis.all[member]
         dtype = basis.dtype
-        near, far = basis.T @ P.to(dtype), side.products.all[member].T @ P
-        S = torch.linalg.vector_norm(far, dim=0)
+        near, far = P.to(dtype).T @ basis, P.T @ side.products.all[member]
+        S = torch.linalg.vector_norm(far, dim=1)
         # Exactly zero beyond W's rank, instead of normalised noise.
         S = torch.where(torch.finfo(dtype).eps * S.max() < S, S, 0)
-        far = torch.where(S > 0, far / S, 0).to(dtype)
-        U, V = (x.contiguous() for x in ((far, near) if self.swapped else (near, far)))
+        far = torch.where(S[:, None] > 0, far / S[:, None], 0).to(dtype)
+        U, V = (x.T.contiguous() for x in ((far, near) if self.swapped else (near, far)))
         info = {"reads": self.reads, "excess": excess, "converged": excess <= tol}
         return Truncation(U, S.to(dtype), V, info)
 

@@ -81,16 +81,30 @@ def truncate(
         advance: told of each layer that is done, by its index.
     """
     began = time.perf_counter()
-    batches = _batches(weights, ranks, generators, energies)
 
-    def run(together: list[_Batch]) -> dict[int, Truncation]:
-        return _iterate(together, tol, max_reads, advance)
+    def begin(indices: Sequence[int]) -> _Batch:
+        return _Batch(
+            indices,
+            [weights[i] for i in indices],
+            ranks[indices[0]],
+            [generators[i] for i in indices],
+            [energies[i] for i in indices],
+        )
 
-    if weights and weights[0].device.type == "cpu" and len(batches) >= torch.get_num_threads():
+    def run(batches: list[_Batch]) -> dict[int, Truncation]:
+        return _iterate(batches, tol, max_reads, advance)
+
+    alike = _alike(weights, ranks)
+    on_cpu = all(weight.device.type == "cpu" for weight in weights)
+    if on_cpu and len(alike) >= torch.get_num_threads():
         # Each on its own from start to end: no thread waits for another after every read.
-        parts = map_layers(lambda batch: run([batch]), batches, cost=_Batch.cost)
+        parts = map_layers(
+            lambda indices: run([begin(indices)]),
+            alike,
+            cost=lambda indices: sum(weights[i].numel() for i in indices),
+        )
     else:
-        parts = [run(batches)]
+        parts = [run(map_layers(begin, alike))]
     found = {i: result for part in parts for i, result in part.items()}
     seconds = time.perf_counter() - began
     for truncation in found.values():
@@ -110,41 +124,27 @@ def peak_bytes(weight: Tensor, r: int, max_reads: int = 30) -> int:
 
 def _width(weight: Tensor, r: int) -> int:
     """Columns of a block. Wide ones take fewer reads and more operations: for r = 16 on a 2048²
-    Gaussian, blocks of 16, 24 and 32 come to an excess of 7e-4 in 13, 11 and 10 reads with 208, 264
-    and 320 columns of products. On the CPU narrow products are the slow ones; a kernel takes 16
+    Gaussian, blocks of 16, 20, 24 and 32 come to 1e-4 in 23, 20, 18 and 15 reads with 368, 400, 432
+    and 480 columns of products. On the CPU narrow products are the slow ones; a kernel takes 16
     columns with one read of W, and twice as long for 17.
     """
-    width = -(-max(24, r + 8) // 4) * 4 if weight.device.type == "cpu" else -(-r // 16) * 16
+    width = -(-max(24, 5 * r // 4) // 4) * 4 if weight.device.type == "cpu" else -(-r // 16) * 16
     return min(width, *weight.shape)
 
 
-def _batches(
-    weights: Sequence[Tensor],
-    ranks: Sequence[int],
-    generators: Sequence[torch.Generator],
-    energies: Sequence[float],
-) -> list[_Batch]:
-    """Batches of alike layers, as many as there are threads for them on the CPU."""
-    alike: dict[Any, list[int]] = defaultdict(list)
+def _alike(weights: Sequence[Tensor], ranks: Sequence[int]) -> list[list[int]]:
+    """Indices of layers that can be one batch; on the CPU, as many batches as there are threads."""
+    classes: dict[Any, list[int]] = defaultdict(list)
     for i, (weight, r) in enumerate(zip(weights, ranks, strict=True)):
         alone = weight.device.type == "cpu" and any(n % _BATCHED_COLUMNS for n in weight.shape)
         key = tuple(weight.shape), r, product_dtype(weight), weight.device, i if alone else None
-        alike[key].append(i)
-    chunks = []
-    for (*_, device, _), indices in alike.items():
+        classes[key].append(i)
+    batches = []
+    for (*_, device, _), indices in classes.items():
         parts = torch.get_num_threads() if device.type == "cpu" else 1
         size = -(-len(indices) // parts)
-        chunks += [indices[k : k + size] for k in range(0, len(indices), size)]
-    return map_layers(
-        lambda indices: _Batch(
-            indices,
-            [weights[i] for i in indices],
-            ranks[indices[0]],
-            [generators[i] for i in indices],
-            [energies[i] for i in indices],
-        ),
-        chunks,
-    )
+        batches += [indices[k : k + size] for k in range(0, len(indices), size)]
+    return batches
 
 
 def _iterate(
@@ -271,9 +271,6 @@ class _Batch:
                 yield weight, block.new_empty(0, in_features), block.T
             else:
                 yield weight, block, block.new_empty(out_features, 0)
-
-    def cost(self) -> int:
-        return sum(weight.numel() for weight in self.weights)
 
     def advance(
         self, pairs: Sequence[tuple[Tensor, Tensor]], tol: float, max_reads: int

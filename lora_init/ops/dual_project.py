@@ -27,8 +27,8 @@ def dual_project(
         A: (pᵢ, inᵢ), one per matrix.
         B: (outᵢ, qᵢ), one per matrix; pᵢ and qᵢ may differ.
         precision: how an accelerated backend treats A and B beside a 16-bit W: "full" keeps all
-            their bits (hi + lo parts), "fast" rounds them to W's dtype. The reference is always
-            full.
+            their bits (in three 16-bit parts), "fast" may keep two of the parts or one. The
+            reference is always full.
 
     Returns:
         One pair ((outᵢ, pᵢ), (qᵢ, inᵢ)) per matrix, in fp64 where any operand is fp64 and else in

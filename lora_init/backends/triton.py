@@ -1,0 +1,131 @@
+"""Triton kernels on NVIDIA GPUs; on CPU tensors in a process that interprets (TRITON_INTERPRET=1).
+
+Triton is imported at the first call that could use it: it takes a second, and need not be there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init.ops.descend import DescentState
+from lora_init.ops.dual_project import Precision
+
+NAME = "triton"
+PRIORITY = 10
+VERIFIED: tuple[str, ...] = ()
+
+_OPS = ("dual_project", "descend")
+_OLDEST = (3, 3)
+
+
+def fingerprint() -> str:
+    """What the kernels' code and their compiler are: a verdict on them holds for these."""
+    folder = files("lora_init.triton_kernels")
+    sources = sorted((file.name, file.read_bytes()) for file in folder.iterdir() if file.is_file())
+    digest = hashlib.sha256(b"".join(content for _, content in sources))
+    return f"{digest.hexdigest()} triton {_triton_version()}"
+
+
+def why_unsupported(op: str, *args: Any) -> str | None:
+    if op not in _OPS:
+        return f"has no op {op!r}"
+    tensors = list(_tensors(args))
+    for dtype in {t.dtype for t in tensors}:
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"computes in float32, bfloat16 and float16, not {str(dtype)[6:]}"
+    if op == "descend" and not all(_contiguous_fp32(state) for state in args[1:2]):
+        return "descends contiguous float32 factors and moments"
+    for device in {t.device for t in tensors}:
+        if reason := _why_not_on(device):
+            return reason
+    return None if tensors else _triton_missing()
+
+
+def dual_project(
+    group: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], precision: Precision
+) -> list[tuple[Tensor, Tensor]]:
+    return _kernels("dual_project").dual_project(group, A, B, precision) if group else []
+
+
+def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
+    if not group or not steps:
+        return
+    optimizer = state.optimizer
+    _kernels("descend").descend(
+        group,
+        state.out_features,
+        state.params,
+        state.moments,
+        optimizer.betas,
+        optimizer.eps,
+        optimizer.schedule(state.step, steps),
+    )
+
+
+def _kernels(op: str) -> Any:
+    return importlib.import_module(f"lora_init.triton_kernels.{op}")
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, DescentState):
+            yield from arg.params
+        elif isinstance(arg, Sequence) and not isinstance(arg, str):
+            yield from _tensors(arg)
+
+
+def _contiguous_fp32(state: DescentState) -> bool:
+    tensors = [*state.params, *(t for pair in state.moments for t in pair)]
+    return all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return _triton_missing()
+        return "runs on NVIDIA GPUs; the tensors are on the CPU"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"runs on NVIDIA GPUs; the tensors are on {device.type}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 runs kernels on the CPU only"
+    return _triton_missing() or _too_old(device.index)
+
+
+@cache
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def _triton_missing() -> str | None:
+    found = _triton_version()
+    if found is None:
+        return "triton is not installed: pip install triton"
+    numbers = tuple(int(number) for number in found.split(".")[:2])
+    if numbers < _OLDEST:
+        return f"needs triton 3.3 or newer, found {found}"
+    return None
+
+
+@cache
+def _too_old(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        name = torch.cuda.get_device_name(index)
+        return f"needs compute capability 8.0 or newer, {name} has {major}.{minor}"
+    return None

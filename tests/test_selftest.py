@@ -1,6 +1,8 @@
 """A kernel that is wrong on a device is caught by its self-test, refused there, and named."""
 
 import json
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -45,6 +47,7 @@ def descend(group, state, steps):
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     (tmp_path / "kernels.py").write_text(KERNELS)
     monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    monkeypatch.delattr("lora_init.backends.triton.fingerprint")  # only this one is tested here
     monkeypatch.setattr(backends, "_distrusted", {})
     monkeypatch.setattr(selftest, "_verdicts", {})
     monkeypatch.setenv("LORA_INIT_CACHE_DIR", str(tmp_path / "cache"))
@@ -165,6 +168,63 @@ def test_what_fails_on_another_rank_is_not_used_here(kernels: object) -> None:
     assert "another device" in message
     assert select("dual_project", [torch.eye(3)]).NAME != "kernels"
     assert select("descend", [torch.eye(3)]).NAME == "kernels"
+
+
+BROKEN_KERNEL = """
+import torch, triton
+import triton.language as tl
+import lora_init
+from lora_init import selftest
+from lora_init.triton_kernels import common
+
+@triton.jit
+def sum_span(task, first, SPAN: tl.constexpr):
+    # As the real one, but the last partial is forgotten.
+    at = first + tl.arange(0, SPAN)
+    source = tl.load(task).to(tl.pointer_type(tl.float32))
+    count = tl.load(task + 1).to(tl.int32)
+    size = tl.load(task + 2)
+    total = tl.zeros([SPAN], tl.float32)
+    for partial in range(0, count - 1):
+        total += tl.load(source + partial * size + at, mask=at < size, other=0.0)
+    tl.store(tl.load(task + 3).to(tl.pointer_type(tl.float32)) + at, total, mask=at < size)
+
+if BROKEN:
+    common.sum_span = sum_span
+# All of it takes minutes under the interpreter.
+selftest._CASES, selftest._STEPS, selftest.DTYPES = ((600, 1100, 4),), 1, (torch.float32,)
+torch.set_num_threads(1)
+selftest.ensure([torch.device("cpu")])
+W = torch.eye(3)
+print(lora_init.explain("dual_project", [W], [W], [W], "full"))
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_broken_triton_kernel_is_caught_under_the_interpreter(
+    broken: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    script = tmp_path / "script.py"  # a kernel's source must be in a file
+    script.write_text(f"BROKEN = {broken}\n{BROKEN_KERNEL}")
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "LORA_INIT_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "always", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    warned = "triton's dual_project is wrong and will not be used (on cpu, (600, 1100)"
+    assert (warned in done.stderr) == broken
+    if broken:
+        assert "triton: failed its self-test on cpu, (600, 1100)" in done.stdout
+        assert "reference: runs dual_project" in done.stdout
+    else:
+        assert "triton: runs dual_project (unverified: in no committed result)" in done.stdout
 
 
 def test_explain_says_which_path_and_why(kernels: object) -> None:

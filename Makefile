@@ -5,7 +5,7 @@ BIN := .venv/bin
 PY := $(BIN)/python
 READY := .venv/.ready
 
-.PHONY: venv data demo test lint bench clean
+.PHONY: venv data demo test lint bench kernel-report gpu-check clean
 
 venv: $(READY)
 
@@ -36,6 +36,14 @@ lint: venv
 
 bench: venv
 	$(PY) -m benchmarks.run $(ARGS)
+
+# Every kernel configuration, compiled ahead of time for each architecture; no GPU needed.
+kernel-report: venv
+	$(PY) -m benchmarks.kernel_report
+
+# What only a GPU can prove or measure, in under 9 minutes.
+gpu-check: venv
+	benchmarks/gpu_check.sh $(or $(OUT),gpu-check-out)
 
 clean:
 	rm -rf .venv .data build dist demo-out *.egg-info .*_cache .hypothesis

@@ -1,0 +1,241 @@
+"""Every kernel that dispatch can pick, compiled ahead of time and held to its bounds.
+
+    python -m benchmarks.kernel_report [--only TEXT]
+
+Compiles each configuration for sm_80 (A100), sm_89 (4090), sm_90 (H100, H200) and sm_100 (B200) and
+prints registers, spills, shared memory and tensor-core instructions as they are in the cubin; that
+needs no GPU.
+Exits with 1 if one spills, needs more shared memory than that chip gives a block, uses TF32, or
+reads a 16-bit W on sm_90 by `mma.sync` although its memory is aligned: wgmma is what reaches the
+full rate there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks import common as results
+from lora_init.triton_kernels import common, descend, dual_project
+from lora_init.triton_kernels.common import Variant
+from lora_init.triton_kernels.descend import UpdateVariant
+
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes that one block may have."""
+RESULT = results.RESULTS / "kernel-report.json"
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_ALIGNED = [["tt.divisibility", 16]]  # what the launch tells the compiler: `common.upload`
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: a kernel, its compile-time constants, and how it is launched."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    arch: int
+    options: dict[str, int]
+    wgmma: bool = False
+    """Whether it must use wgmma."""
+
+
+@dataclass
+class Row:
+    """What the compiler made of a case."""
+
+    case: str
+    arch: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    counts: dict[str, int]
+    broken: list[str] = field(default_factory=list)
+
+
+def cases(archs: Sequence[int] = tuple(SHARED_LIMIT)) -> Iterator[Case]:
+    """Every configuration of every kernel on these chips."""
+    for arch in archs:
+        yield from _products(arch)
+        yield from _updates(arch)
+        yield from _small(arch)
+
+
+def variants() -> Iterator[Variant]:
+    """Every variant that `common.variant` can return for the parts that its callers ask for."""
+    for dtype, memory in product(common.TRITON_DTYPES, common.MEMORIES):
+        for count in (1,) if dtype == torch.float32 else (2, 4):
+            for rank in common.RANKS[count]:
+                yield Variant(dtype, memory, rank, count)
+
+
+def _products(arch: int) -> Iterator[Case]:
+    capability = divmod(arch, 10)
+    for form in variants():
+        tile = form.tile(capability)
+        parts = "" if form.parts == 1 else f" in {form.parts} parts"
+        yield Case(
+            f"products {_short(form.dtype)} {form.memory} r{form.rank}{parts}, "
+            f"{tile.rows}x{tile.columns}",
+            common.products,
+            {"layers": "*i64", "programs": "*i32", "counter": "*i32", "sums": "*i64"},
+            form.constants(capability),
+            arch,
+            tile.options(),
+            wgmma=arch == 90 and form.dtype != torch.float32 and form.memory != "any",
+        )
+
+
+def _updates(arch: int) -> Iterator[Case]:
+    signature = {"layers": "*i64", "programs": "*i32", "counter": "*i32", "schedule": "*fp32"}
+    signature |= dict.fromkeys(("one_minus_beta1", "beta2", "one_minus_beta2", "eps"), "fp32")
+    forms = {
+        descend.update_variant(dtype, r, adam, first)
+        for dtype, r, adam, first in product(
+            common.TRITON_DTYPES, (1, 16, 17, 32, 33, 100), (True, False), (True, False)
+        )
+    }
+    for form in sorted(forms, key=_update_name):
+        constants = form.constants()
+        yield Case(_update_name(form), descend.update, signature, constants, arch, descend.OPTIONS)
+
+
+def _update_name(form: UpdateVariant) -> str:
+    flags = [name for name in ("chunked", "adam", "first") if getattr(form, name)]
+    return " ".join(["update", _short(form.dtype), f"r{form.rank}", *flags])
+
+
+def _small(arch: int) -> Iterator[Case]:
+    signature = {"tasks": "*i64", "programs": "*i32"}
+    for form in variants():
+        if form.memory == "rows":
+            constants = dual_project.pack_constants(form)
+            name = f"pack {_short(form.dtype)} r{form.rank} in {form.parts} parts"
+            yield Case(name, dual_project.pack, signature, constants, arch, {})
+    constants = {"SPAN": common.SPAN}
+    yield Case("sum_partials", dual_project.sum_partials, signature, constants, arch, {})
+
+
+def measure(case: Case) -> Row:
+    """Compile a case and read its cubin."""
+    signature = case.signature | dict.fromkeys(case.constants, "constexpr")
+    pointers = [i for i, kind in enumerate(case.signature.values()) if kind.startswith("*")]
+    attributes = {(i,): _ALIGNED for i in pointers}
+    compiled = triton.compile(
+        ASTSource(case.kernel, signature, case.constants, attributes),
+        target=GPUTarget("cuda", case.arch, 32),
+        options=case.options,
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    row = Row(
+        case.name,
+        case.arch,
+        *map(int, match.groups()),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        shared=compiled.metadata.shared,
+        counts={
+            "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
+            "mma": len(re.findall(r"\bHMMA\b", sass)),
+            "tcgen05": len(re.findall(r"\bUTC\w*MMA\b", sass)),
+            "tf32": len(re.findall("TF32", sass)),
+            "cp.async": len(re.findall(r"\bLDGSTS\b", sass)),
+        },
+    )
+    row.broken = list(broken_bounds(case, row))
+    return row
+
+
+def broken_bounds(case: Case, row: Row) -> Iterator[str]:
+    """In words, each bound that the row breaks."""
+    if row.spills:
+        yield f"{row.spills} spills"
+    if row.shared > SHARED_LIMIT[row.arch]:
+        yield f"shared memory {row.shared} > {SHARED_LIMIT[row.arch]}"
+    if row.counts["tf32"]:
+        yield f"{row.counts['tf32']} TF32 instructions"
+    if case.wgmma and not row.counts["wgmma"]:
+        yield "no wgmma"
+
+
+def report(chosen: Sequence[Case], jobs: int) -> list[Row]:
+    """Rows of all cases, compiled in `jobs` processes; a table on the way."""
+    print(
+        f"{'sm':>3} {'configuration':<48} {'regs':>4} {'spills':>6} {'shared':>7} {'of':>4} "
+        f"{'wgmma':>5} {'mma':>4} {'tc05':>4} {'tf32':>4}  bounds"
+    )
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for row in pool.map(_measure, [(c.arch, c.name) for c in chosen], chunksize=8):
+            counts, limit = row.counts, SHARED_LIMIT[row.arch]
+            print(
+                f"{row.arch:>3} {row.case:<48} {row.registers:>4} {row.spills:>6} "
+                f"{row.shared / 1024:>5.0f}kB {limit >> 10:>4} {counts['wgmma']:>5} "
+                f"{counts['mma']:>4} {counts['tcgen05']:>4} {counts['tf32']:>4}  "
+                f"{'; '.join(row.broken) or 'kept'}",
+                flush=True,
+            )
+            rows.append(row)
+    return rows
+
+
+def _measure(key: tuple[int, str]) -> Row:
+    """`measure` by name: kernels cannot be pickled."""
+    arch, name = key
+    return measure(next(case for case in cases([arch]) if case.name == name))
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    command = [str(_BINARIES / "cuobjdump"), flag, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="part of 'smNN configuration'")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    arguments = parser.parse_args()
+    chosen = [case for case in cases() if arguments.only in f"sm{case.arch} {case.name}"]
+    if not chosen:
+        parser.error(f"nothing is called {arguments.only!r}")
+    rows = report(chosen, arguments.jobs)
+    broken = [row for row in rows if row.broken]
+    print(f"{len(rows)} configurations, {len(broken)} break a bound")
+    if not arguments.only:
+        machine = results.machine() | {"triton": triton.__version__}
+        content = {"machine": machine, "rows": [asdict(row) for row in rows]}
+        RESULT.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"written to {RESULT.relative_to(RESULT.parent.parent.parent)}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -71,7 +70,11 @@ class Cache:
 
 def default_directory() -> Path:
     """`LORA_INIT_CACHE_DIR`, or the user's cache directory of this platform."""
-    return Path(os.environ.get(_ENVIRONMENT_VARIABLE) or platformdirs.user_cache_dir("lora-init"))
+    if named := os.environ.get(_ENVIRONMENT_VARIABLE):
+        return Path(named)
+    import platformdirs  # not everywhere: a machine without a registry may lack it
+
+    return Path(platformdirs.user_cache_dir("lora-init"))
 
 
 def read_entry(path: Path, key: str) -> Factors | None:

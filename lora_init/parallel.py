@@ -43,10 +43,12 @@ def map_nested(
     # Both modes are per thread: the caller's do not reach the workers, and what was made in
     # inference mode can only be written in it. It sets the grad mode too, so it comes first.
     inference = torch.is_inference_mode_enabled()
+    # So is the stream that work on a GPU goes to.
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def detached(call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            with torch.inference_mode(inference), torch.no_grad():
+            with torch.inference_mode(inference), torch.no_grad(), torch.cuda.stream(stream):
                 return call(*args)
 
         return run

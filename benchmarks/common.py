@@ -116,6 +116,9 @@ def _device_name() -> str:
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False
-    ).stdout.strip()
+    root = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    except FileNotFoundError:  # a lent machine may have no git
+        return ""
+    return done.stdout.strip()

@@ -25,10 +25,11 @@ def main() -> None:
     for name in chosen:
         print(f"== {name}")
         result = importlib.import_module(f"benchmarks.bench_{name}").run()
-        print(
-            "written to "
-            f"{common.write_results(name, result).relative_to(common.RESULTS.parent.parent)}"
-        )
+        if all(str(row.get("status", "")).startswith("not measured") for row in result["rows"]):
+            print("nothing was measured, nothing is written")
+            continue
+        path = common.write_results(name, result)
+        print(f"written to {path.relative_to(common.RESULTS.parent.parent)}")
 
 
 if __name__ == "__main__":

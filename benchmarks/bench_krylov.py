@@ -26,7 +26,7 @@ from benchmarks.bench_descend import targets
 from lora_init import approximate, initialize
 
 ROUNDS = 5
-TOLERANCES = (1e-3, 7e-4, 4e-4, 1e-4, 1e-5)
+TOLERANCES = (2e-3, 1e-3, 6e-4, 3e-4, 1e-4, 1e-5)
 # These take seconds to minutes: one round.
 SLOW = ("peft pissa", "adam 4000")
 Prepare = Callable[[list[Tensor]], Callable[[], list[Tensor]]]

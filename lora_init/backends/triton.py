@@ -103,7 +103,6 @@ def _why_not_on(device: torch.device) -> str | None:
     return _triton_missing() or _too_old(device.index)
 
 
-@cache
 def _triton_version() -> str | None:
     try:
         return version("triton")

@@ -335,7 +335,7 @@ def test_opcheck(
     if shape == (2, 3, 12):
         checks.append("test_aot_dispatch_dynamic")
     x, R, A, B, bias = (t.detach() for t in make(shape, dtype=dtype, adapter_dtype=low))
-    options = (seed, SCALING, 0.0 if seed is None else 0.4)
+    options = (seed, SCALING, 0.0 if seed is None else 0.4, A.shape[0])
     torch.library.opcheck(
         ops.lora_linear_forward, (x, R, A, B, bias, *options), {"backend": ""}, test_utils=checks
     )

@@ -91,16 +91,17 @@ def lora_linear_forward(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    trained: int,
 ) -> tuple[Tensor, Tensor]:
     keep = None if seed is None else keep_mask(seed, x.shape[0], x.shape[1], dropout_p)
+    dropped = _dropped(x.to(A.dtype), keep)
     # 1/(1−p) goes into s: scaling x by it would round a 16-bit x once more.
-    S = (_dropped(x.to(A.dtype), keep) @ A.T).mul_(scaling / (1 - dropout_p))
+    scale = scaling / (1 - dropout_p)
+    factors = _trained_and_start(A, B, trained)
+    parts = [(dropped @ a.T).mul_(scale) for a, _ in factors]
     y = torch.nn.functional.linear(x, R, bias)
-    if A.dtype == y.dtype:
-        y.addmm_(S, B.T)
-    else:
-        y.add_(S @ B.T)  # promotes, and rounds the sum once to y's dtype
-    return y, S
+    _add_products(y, [(S, b.T) for S, (_, b) in zip(parts, factors, strict=True)])
+    return y, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def lora_linear_backward(
@@ -113,26 +114,53 @@ def lora_linear_backward(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    trained: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     need_x, need_A, need_B, need_bias = output_mask
     dx = dA = dB = None
     if need_x or need_A:
-        dS = (dy.to(A.dtype) @ B).mul_(scaling / (1 - dropout_p))
+        scale = scaling / (1 - dropout_p)
+        factors = _trained_and_start(A, B, trained)[: None if need_x else 1]
+        parts = [(dy.to(A.dtype) @ b).mul_(scale) for _, b in factors]
         keep = None if seed is None else keep_mask(seed, dy.shape[0], A.shape[1], dropout_p)
         if need_x:
             dx = dy @ R
-            if A.dtype == dx.dtype and keep is None:
-                dx.addmm_(dS, A)
-            else:
-                dx.add_(_dropped(dS @ A, keep))
+            _add_products(dx, [(dS, a) for dS, (a, _) in zip(parts, factors, strict=True)], keep)
         if need_A:
             assert x is not None
-            dA = dS.T @ _dropped(x.to(A.dtype), keep)
+            dA = parts[0].T @ _dropped(x.to(A.dtype), keep)
     if need_B:
         assert S is not None
-        dB = dy.to(A.dtype).T @ S
+        dB = dy.to(A.dtype).T @ S[:, :trained]
     return dx, dA, dB, dy.sum(0) if need_bias else None
+
+
+def _trained_and_start(A: Tensor, B: Tensor, trained: int) -> list[tuple[Tensor, Tensor]]:
+    """(A, B), or (A, B) and (A₀, −B₀): apart, and dense and aligned alike, so that equal halves
+    give products that cancel to the last bit.
+    """
+    if trained == A.shape[0]:
+        return [(A, B)]
+    dense = torch.contiguous_format
+    return [
+        (A[half].clone(memory_format=dense), B[:, half].clone(memory_format=dense))
+        for half in (slice(trained), slice(trained, None))
+    ]
+
+
+def _add_products(
+    total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], keep: Tensor | None = None
+) -> None:
+    """total += Σ left @ right, masked by `keep`."""
+    (left, right), *others = pairs
+    if total.dtype == left.dtype and not others and keep is None:
+        total.addmm_(left, right)
+        return
+    update = left @ right
+    for left, right in others:
+        update += left @ right
+    total.add_(_dropped(update, keep))  # promotes, and rounds the sum once to its dtype
 
 
 def _dropped(tensor: Tensor, keep: Tensor | None) -> Tensor:

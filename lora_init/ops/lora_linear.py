@@ -3,6 +3,10 @@
 A backend has two functions, named and called like the two ops below but for this: `backend` is
 left out; x, y, dy and dx are matrices (M, ·), M = 0 included; x and dy may have any strides (0 in
 the dy of `y.sum()`); and a gradient that is not asked for is returned as None.
+
+With a start (A₀, B₀), y = W x + s(B A − B₀ A₀) drop(x), which is the same op at a higher rank: A
+arrives as [A; A₀], (r + r₀, in), and B as [B, −B₀]. `trained` is r then, else all rows of A: only
+the first `trained` ranks get gradients, dA (trained, in) and dB (out, trained).
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from torch import Tensor
 from lora_init import backends
 from lora_init.factors import LoraInitError
 
-# S = s/(1−p)·drop(x) Aᵀ, (M, r), is what dB needs besides dy. It is kept in A's dtype: that is the
-# operand that S Bᵀ multiplies, so dB is the gradient of what was computed, and fp32 would only be
-# rounded later, on its way into a tensor core. It is r/in of x's size.
+# S = s/(1−p)·drop(x) Aᵀ, (M, rows of A), is what dB needs besides dy. It is kept in A's dtype: that
+# is the operand that S Bᵀ multiplies, so dB is the gradient of what was computed, and fp32 would
+# only be rounded later, on its way into a tensor core. It is r/in of x's size.
 #
 # `backend` names the one to run. The backward cannot just ask the policy again: autograd runs it
 # in threads that `with backend(...)` does not reach, perhaps after that block has ended. So the
@@ -29,13 +33,13 @@ from lora_init.factors import LoraInitError
 _library = torch.library.Library("lora_init", "FRAGMENT")
 _library.define(
     "lora_linear_forward(Tensor x, Tensor R, Tensor A, Tensor B, Tensor? bias, Tensor? seed, "
-    "float scaling, float dropout_p, *, str backend) -> (Tensor y, Tensor S)",
+    "float scaling, float dropout_p, int trained, *, str backend) -> (Tensor y, Tensor S)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor R, Tensor A, Tensor B, Tensor? S, "
-    "Tensor? seed, float scaling, float dropout_p, *, bool[4] output_mask, str backend) "
-    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "Tensor? seed, float scaling, float dropout_p, int trained, *, bool[4] output_mask, "
+    "str backend) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -48,8 +52,14 @@ def lora_linear(
     scaling: float = 2.0,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
+    *,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y = x Rᵀ + scaling·drop(x) Aᵀ Bᵀ (+ bias): LoRA (arXiv 2106.09685) on a frozen residual.
+
+    Or, on an untouched weight R = W, y = x Wᵀ + scaling·drop(x) (B A − B₀ A₀)ᵀ (+ bias): a virtual
+    residual. One mask serves both products, so that nothing is added while A = A₀ and B = B₀ (not
+    one bit by the reference backend).
 
     Differentiable once, in x, A, B and bias; gradients have their input's dtype. Dtypes are PEFT's:
     the low-rank branch runs in A's dtype, the rest and y in x's; under `torch.autocast` all of it
@@ -66,25 +76,30 @@ def lora_linear(
         dropout_p: probability that an element of x is dropped from the low-rank branch, in [0, 1).
             The mask is `ops.philox.keep_mask` of a seed drawn from the generator of x's device: it
             repeats under `torch.manual_seed` but is not nn.Dropout's. 0 leaves the generator alone.
+        start: (A₀, B₀), (r₀, in) and (out, r₀), frozen, A's dtype.
 
     Returns:
         (..., out).
 
     Raises:
-        LoraInitError: shapes, dtypes or devices do not fit, R requires a gradient, scaling is not
-            finite or dropout_p is out of range.
+        LoraInitError: shapes, dtypes or devices do not fit, R or a start requires a gradient,
+            scaling is not finite or dropout_p is out of range.
         BackendError: no backend can run the call.
     """
-    if R.requires_grad:
-        raise LoraInitError(
-            f"R {tuple(R.shape)} requires a gradient, but lora_linear never gives it one: "
-            "freeze it with R.requires_grad_(False)"
-        )
+    A0, B0 = start or (None, None)
+    for label, frozen in (("R", R), ("A0", A0), ("B0", B0)):
+        if frozen is not None and frozen.requires_grad:
+            raise LoraInitError(
+                f"{label} {tuple(frozen.shape)} requires a gradient, but lora_linear never gives "
+                f"it one: freeze it with {label}.requires_grad_(False)"
+            )
     dtype = _autocast_dtype(x.device)
     if dtype is not None:
         x, R, A, B = (_autocast(t, dtype) for t in (x, R, A, B))
-        bias = None if bias is None else _autocast(bias, dtype)
+        bias, A0, B0 = (None if t is None else _autocast(t, dtype) for t in (bias, A0, B0))
     _check(x, R, A, B, bias)
+    if A0 is not None and B0 is not None:
+        _check_start(R, A, A0, B0)
     # Compared, because math.isfinite does not trace where a compiler makes the number dynamic.
     if not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
         raise LoraInitError(f"scaling must be a finite number, got {scaling!r}")
@@ -94,7 +109,7 @@ def lora_linear(
     if dropout_p > 0:
         # A tensor, and not Tensor.random_: works under fullgraph, with no synchronisation.
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    y: Tensor = _LoraLinear.apply(x, R, A, B, bias, seed, scaling, dropout_p)
+    y: Tensor = _LoraLinear.apply(x, R, A, B, A0, B0, bias, seed, scaling, dropout_p)
     return y
 
 
@@ -141,6 +156,20 @@ def _check(x: Tensor, R: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> N
     for label, tensor in (("R", R), ("A", A), ("B", B), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise LoraInitError(f"{label} is on {tensor.device}, x on {x.device}: move one")
+
+
+def _check_start(R: Tensor, A: Tensor, A0: Tensor, B0: Tensor) -> None:
+    shapes, fitting = (tuple(A0.shape), tuple(B0.shape)), (R.shape[1], R.shape[0])
+    if A0.ndim != 2 or B0.ndim != 2 or (*A0.shape[1:], *B0.shape) != (*fitting, *A0.shape[:1]):
+        raise LoraInitError(
+            f"start must be A0 (r0, {fitting[0]}) and B0 ({fitting[1]}, r0), got {shapes[0]} and "
+            f"{shapes[1]}"
+        )
+    if (A0.dtype, B0.dtype) != (A.dtype, A.dtype) or {A0.device, B0.device} != {A.device}:
+        raise LoraInitError(
+            f"start must have A's dtype and device, {A.dtype} on {A.device}, got {A0.dtype} on "
+            f"{A0.device} and {B0.dtype} on {B0.device}: cast or move it"
+        )
 
 
 def _implementation(backend: str, x_or_dy: Tensor, R: Tensor, A: Tensor, B: Tensor) -> Any:
@@ -204,11 +233,22 @@ def _backward_fake(
     R: Tensor,
     A: Tensor,
     B: Tensor,
-    *options: Any,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    trained: int,
+    *,
     output_mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    shapes = ((*dy.shape[:-1], R.shape[1]), A.shape, B.shape, R.shape[:1])
+    out_features, in_features = R.shape
+    shapes = (
+        (*dy.shape[:-1], in_features),
+        (trained, in_features),
+        (out_features, trained),
+        (out_features,),
+    )
     return tuple(
         like.new_empty(shape) if needed else dy.new_empty(0)
         for like, shape, needed in zip((dy, A, B, dy), shapes, output_mask, strict=True)
@@ -231,21 +271,25 @@ class _LoraLinear(torch.autograd.Function):
         R: Tensor,
         A: Tensor,
         B: Tensor,
+        A0: Tensor | None,
+        B0: Tensor | None,
         bias: Tensor | None,
         seed: Tensor | None,
         scaling: float,
         dropout_p: float,
     ) -> Tensor:
+        ctx.options = (scaling, dropout_p, A.shape[0])
+        if A0 is not None and B0 is not None:
+            A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
         ctx.backend = ""
         if not torch.compiler.is_compiling():
             ctx.backend = backends.select("lora_linear", x, R, A, B).NAME
         y: Tensor
         y, S = torch.ops.lora_init.lora_linear_forward(
-            x, R, A, B, bias, seed, scaling, dropout_p, backend=ctx.backend
+            x, R, A, B, bias, seed, *ctx.options, backend=ctx.backend
         )
         _, _, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, R, A, B, S if need_B else None, seed)
-        ctx.options = (scaling, dropout_p)
         return y
 
     @staticmethod
@@ -258,10 +302,10 @@ class _LoraLinear(torch.autograd.Function):
                 "lora_linear can be differentiated once only: leave out create_graph=True, or use "
                 "x @ R.T + scaling * (x @ A.T) @ B.T where second derivatives are needed"
             )
-        need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        need_x, _, need_A, need_B, _, _, need_bias, *_ = ctx.needs_input_grad
         needs = [need_x, need_A, need_B, need_bias]
         gradients = torch.ops.lora_init.lora_linear_backward(
             dy, *ctx.saved_tensors, *ctx.options, output_mask=needs, backend=ctx.backend
         )
         dx, dA, dB, dbias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-        return dx, None, dA, dB, dbias, None, None, None
+        return dx, None, dA, dB, None, None, dbias, None, None, None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_init.adapters import export_adapter
     from lora_init.integrations.checkpoint import initialize_checkpoint
     from lora_init.integrations.peft import initialize, resume, save_adapter
+    from lora_init.native import build_info
     from lora_init.ops.lora_linear import lora_linear
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LoraInitError",
     "approximate",
     "backend",
+    "build_info",
     "explain",
     "export_adapter",
     "initialize",
@@ -37,6 +39,7 @@ __all__ = [
 
 # Imported at first use: PEFT and transformers are an extra and take seconds to import.
 _LAZY = {
+    "build_info": "lora_init.native",
     "export_adapter": "lora_init.adapters",
     "initialize": "lora_init.integrations.peft",
     "initialize_checkpoint": "lora_init.integrations.checkpoint",

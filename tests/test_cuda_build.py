@@ -1,0 +1,63 @@
+"""The optional native module: built where nvcc is, left out with a reason where it is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_init import build_info, native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_module = pytest.mark.skipif(native.module() is None, reason="lora_init._C is not built")
+
+
+def setup(**env: str) -> subprocess.CompletedProcess[str]:
+    """What setup.py decides, with nothing built."""
+    command = [sys.executable, "setup.py", "--version"]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+
+
+def test_without_nvcc_auto_says_in_one_line_why_it_is_left_out() -> None:
+    done = setup(LORA_INIT_CUDA="auto", CUDA_HOME="/nowhere")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "lora_init._C" in line)
+    assert "no nvcc" in line
+
+
+def test_without_nvcc_1_fails_loudly() -> None:
+    done = setup(LORA_INIT_CUDA="1", CUDA_HOME="/nowhere")
+    assert done.returncode != 0
+    assert "LORA_INIT_CUDA=1, but there is no nvcc" in done.stderr
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    done = setup(LORA_INIT_CUDA="yes")
+    assert done.returncode != 0
+    assert "must be auto, 1 or 0, got 'yes'" in done.stderr
+
+
+def test_build_info_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "module", lambda: None)
+    info = build_info()
+    assert info["version"]
+    assert info["cuda"] is info["archs"] is None
+
+
+@needs_module
+def test_build_info_names_compiler_and_targets() -> None:
+    info = build_info()
+    assert info["cuda"]
+    assert info["archs"]
+
+
+@needs_module
+def test_the_module_links_neither_torch_nor_the_driver() -> None:
+    path = native.module().__file__  # type: ignore[union-attr]
+    linked = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+    for library in ("torch", "libcuda.", "libcudart.", "c10"):
+        assert library not in linked

@@ -16,7 +16,7 @@ from lora_init.methods import methods
 if TYPE_CHECKING:
     from lora_init.adapters import export_adapter
     from lora_init.integrations.checkpoint import initialize_checkpoint
-    from lora_init.integrations.peft import initialize, resume, save_adapter
+    from lora_init.integrations.peft import fuse, initialize, resume, save_adapter, unfuse
     from lora_init.native import build_info
     from lora_init.ops.lora_linear import lora_linear
 
@@ -29,23 +29,27 @@ __all__ = [
     "build_info",
     "explain",
     "export_adapter",
+    "fuse",
     "initialize",
     "initialize_checkpoint",
     "lora_linear",
     "methods",
     "resume",
     "save_adapter",
+    "unfuse",
 ]
 
 # Imported at first use: PEFT and transformers are an extra and take seconds to import.
 _LAZY = {
     "build_info": "lora_init.native",
     "export_adapter": "lora_init.adapters",
+    "fuse": "lora_init.integrations.peft",
     "initialize": "lora_init.integrations.peft",
     "initialize_checkpoint": "lora_init.integrations.checkpoint",
     "resume": "lora_init.integrations.peft",
     "save_adapter": "lora_init.integrations.peft",
     "lora_linear": "lora_init.ops.lora_linear",
+    "unfuse": "lora_init.integrations.peft",
 }
 
 

@@ -79,9 +79,21 @@ class Start:
     seed: int
     layers: dict[str, LayerStart] = field(default_factory=dict)
     base_model: str | None = None  # where the untouched base is, if it was read from files
+    virtual: bool = False  # the base stays W, and the model subtracts s·B₀A₀
+
+    def factors(self) -> list[Factors]:
+        """(A₀, B₀) of every layer, not copied."""
+        return [Factors(x.A0, x.B0, x.scaling) for x in self.layers.values()]
 
     @classmethod
-    def of(cls, method: Method, seed: int, layers: list[Layer], factors: list[Factors]) -> Start:
+    def of(
+        cls,
+        method: Method,
+        seed: int,
+        layers: list[Layer],
+        factors: list[Factors],
+        virtual: bool = False,
+    ) -> Start:
         """The start of a run from its layers and their factors as stored, which are copied."""
         return cls(
             method.name,
@@ -97,6 +109,7 @@ class Start:
                 )
                 for layer, stored in zip(layers, factors, strict=True)
             },
+            virtual=virtual,
         )
 
 
@@ -115,6 +128,7 @@ def write_start(directory: Path, start: Start, current: dict[str, Tensor]) -> No
         "options": start.options,
         "seed": start.seed,
         "base_model": start.base_model,
+        "virtual": start.virtual,
         "layers": {
             name: {"scaling": x.scaling, "base_dtype": x.base_dtype, "base_digest": x.base_digest}
             for name, x in start.layers.items()
@@ -148,7 +162,12 @@ def read_start(directory: str | os.PathLike[str]) -> tuple[Start, dict[str, Tens
             for name, entry in content["layers"].items()
         }
         start = Start(
-            content["method"], content["options"], content["seed"], layers, content["base_model"]
+            content["method"],
+            content["options"],
+            content["seed"],
+            layers,
+            content["base_model"],
+            content.get("virtual", False),
         )
         return start, tensors
     except (KeyError, TypeError, json.JSONDecodeError) as error:

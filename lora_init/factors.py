@@ -132,9 +132,12 @@ class Factors:
         return float(total)  # the only time that the host waits for a GPU
 
     @torch.no_grad()
-    def fit(self, weight: Tensor, name: str = "layer") -> Fit:
+    def fit(self, weight: Tensor, name: str = "layer", stored: bool = True) -> Fit:
         """How well s·B·A and the start R + s·B·A fit W: one pass over W by row blocks, R is never
         whole.
+
+        Args:
+            stored: R is to be stored in W's dtype; else the start is W itself.
 
         Raises:
             LoraInitError: as `residual`.
@@ -148,6 +151,8 @@ class Factors:
             difference = exact - product
             squares += _squared_norm(difference)
             energy += _squared_norm(exact)
+            if not stored:
+                continue
             R = _rounded_once(difference, weight.dtype).to(weight.dtype)
             _check_finite(R, name)
             error = product.add_(R).sub_(exact)

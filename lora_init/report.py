@@ -202,15 +202,18 @@ def self_check(
         LoraInitError: a residual overflows its dtype, or a start is further than `MAX_START_DRIFT`
             from W.
     """
-    reports = measure(layers, factors, method)
+    reports = measure(layers, factors, method.residual)
     judge(reports, layers)
     return reports
 
 
 def measure(
-    layers: Sequence[Layer], factors: Sequence[Factors], method: Method
+    layers: Sequence[Layer], factors: Sequence[Factors], residual: bool
 ) -> list[LayerReport]:
     """Report on each layer from its weight and its factors *as stored*.
+
+    Args:
+        residual: whether R = W − s·B·A is to be stored in W's place.
 
     Raises:
         LoraInitError: a residual overflows its dtype.
@@ -219,7 +222,7 @@ def measure(
     def one(item: tuple[Layer, Factors]) -> LayerReport:
         layer, stored = item
         weight = layer.weight
-        fit = stored.fit(weight, layer.name)
+        fit = stored.fit(weight, layer.name, residual)
         norm = math.sqrt(fit.energy)
         return LayerReport(
             name=layer.name,
@@ -228,8 +231,8 @@ def measure(
             scaling=stored.scaling,
             loss=fit.squares / weight.numel(),
             relative_error=math.sqrt(fit.squares) / norm if norm else 0.0,
-            start_error=fit.start_error if method.residual else 0.0,
-            start_drift=fit.start_drift if method.residual else 0.0,
+            start_error=fit.start_error,
+            start_drift=fit.start_drift,
             info=stored.info,
         )
 

@@ -222,7 +222,7 @@ class Stream:
     ) -> None:
         solved = solve_group(layers, self.method, resolved, store, progress)
         stored = [x.to(torch.float32, layer.name) for x, layer in zip(solved, layers, strict=True)]
-        reports = measure(layers, stored, self.method)
+        reports = measure(layers, stored, self.method.residual)
         judge(reports, layers, warn=False)
         if self.bounds:
             bounds = eckart_young([x.weight for x in layers], [x.r for x in layers]) or []

@@ -8,18 +8,20 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from peft import PeftModel
 from torch import Tensor
 
 from lora_init.cache import CacheOption
-from lora_init.checkpoints import LayerStart, Start, read_start
+from lora_init.checkpoints import Start, read_start
 from lora_init.distributed import Ranks, ranks
 from lora_init.engine import GroupBytes
 from lora_init.factors import Factors, LoraInitError, weight_digest
+from lora_init.integrations.peft.fusion import FuseReport, fuse, unfuse
 from lora_init.integrations.peft.layers import (
     LoraLinear,
+    Residual,
     any_sharded,
     check_adapter,
     commit,
@@ -30,8 +32,9 @@ from lora_init.integrations.peft.layers import (
 from lora_init.integrations.peft.residual_model import (
     ResidualModel,
     attach,
+    check_base,
     check_same_layers,
-    check_untouched,
+    detach,
     other_tensors,
 )
 from lora_init.integrations.peft.sharded import reshard
@@ -41,6 +44,8 @@ from lora_init.parallel import map_layers
 from lora_init.report import WEIGHT_DECAY_NOTE, Report, first_output, relative_drift
 from lora_init.staging import merged_into, move_into
 
+__all__ = ["FuseReport", "fuse", "initialize", "resume", "save_adapter", "unfuse"]
+
 T = TypeVar("T")
 
 
@@ -49,6 +54,7 @@ def initialize(
     method: str | Method = "inilora",
     *,
     adapter_name: str | None = None,
+    residual: Literal["stored", "virtual"] = "stored",
     seed: int = 0,
     cache: CacheOption = "auto",
     progress: bool | None = None,
@@ -66,6 +72,13 @@ def initialize(
     `load_adapter` restores from there: Trainer checkpoints, the best model at the end and resumed
     runs are right by themselves.
 
+    With `residual="virtual"` the base weights are not touched: the layer computes
+    W x + s(B A − B₀A₀) x, which is W x to the last bit at the start, whatever the dropout. Then
+    `disable_adapter()` is the base model, `merge_adapter` adds s(B A − B₀A₀), several adapters can
+    be initialised on one base, and so can tied weights and 4- and 8-bit bitsandbytes bases (the
+    solve sees the dequantised weight, the forward pass the quantised layer). It costs the low-rank
+    work a second time, which `fuse` makes small.
+
     In a torch.distributed job all ranks call this at the same place: each solves its share of the
     layers and gets all factors, with the same bits on every rank and as in one process. That works
     on plain models before DistributedDataParallel wraps them, on parameters that FSDP2
@@ -78,6 +91,8 @@ def initialize(
             initialisation.
         method: a name from `lora_init.methods()` or a method object.
         adapter_name: the active adapter if None.
+        residual: "stored" in the base weights, or "virtual"; of no effect on a method that starts
+            from B₀A₀ = 0.
         seed, cache, progress, group_bytes, options: see `lora_init.approximate`.
         example: a batch (a mapping of keyword arguments, or one tensor) to measure the output's
             drift on; the largest of the ranks is reported.
@@ -93,35 +108,40 @@ def initialize(
     """
     began = time.perf_counter()
 
-    def prepare() -> tuple[Method, str, dict[str, LoraLinear], dict[str, str]]:
+    def prepare() -> tuple[Method, Residual, str, dict[str, LoraLinear], dict[str, str]]:
+        if residual not in ("stored", "virtual"):
+            raise LoraInitError(f'residual must be "stored" or "virtual", got {residual!r}')
         chosen = resolve_method(method, options)
+        kind = residual if chosen.residual else None
         adapter = check_adapter(model, adapter_name)
-        check_untouched(model)
-        modules = _modules(model, adapter, chosen.residual, distributed)
+        check_base(model, kind)
+        modules = _modules(model, adapter, kind, distributed)
         call = {
             "the method": chosen.name,
             "its options": str(dataclasses.asdict(chosen)),
+            "the residual": str(kind),
             "the seed": str(seed),
             "the adapter": adapter,
             "the example": "none" if example is None else "given",
         }
-        return chosen, adapter, modules, call | describe(job, modules, adapter)
+        return chosen, kind, adapter, modules, call | describe(job, modules, adapter)
 
     with ranks(distributed) as job:
-        chosen, adapter, modules, description = job.together(prepare)
+        chosen, kind, adapter, modules, description = job.together(prepare)
         job.agree(description, ALIKE)
         solved = solve(
             job,
             modules,
             adapter,
             chosen,
+            kind,
             seed=seed,
             cache=cache,
             progress=progress,
             group_bytes=group_bytes,
         )
         stored = [layer.stored for layer in solved]
-        start = Start.of(chosen, seed, [layer.layer for layer in solved], stored)
+        start = Start.of(chosen, seed, [layer.layer for layer in solved], stored, kind == "virtual")
 
         def forward() -> Tensor:
             return _output(model, example)
@@ -133,16 +153,18 @@ def initialize(
             with model.disable_adapter():
                 before = run(forward)
 
-        commit(list(modules.values()), stored, adapter, chosen.residual)
+        commit(list(modules.values()), stored, adapter, kind)
         # PEFT would otherwise run another initialisation over these factors when it rebuilds the
         # adapter.
         lora_config(model, adapter).init_lora_weights = True
         notes = []
-        if chosen.residual:
+        if kind is None:
+            detach(model, adapter)
+        else:
             attach(model, adapter, start)
             notes.append(WEIGHT_DECAY_NOTE)
-            if job.rank == 0:
-                _warn_dropout(solved, modules, adapter)
+        if kind == "stored" and job.rank == 0:
+            _warn_dropout(solved, modules, adapter)
         drift = None
         if before is not None:
             drift = max(job.gather(relative_drift(run(forward), before)))
@@ -192,8 +214,8 @@ def resume(
     *,
     distributed: bool = True,
 ) -> None:
-    """Continue from a checkpoint of an initialised model: rebuild R from its A₀, B₀, never solve
-    again.
+    """Continue from a checkpoint of an initialised model: rebuild R from its A₀, B₀, stored or
+    virtual as it was, never solve again.
 
     Args:
         model: a PEFT model on the *original* base with the run's LoRA config, or one initialised
@@ -214,8 +236,9 @@ def resume(
         others = other_tensors(Path(checkpoint), start, current)
         if isinstance(model, ResidualModel) and adapter in model.lora_init_starts:
             return adapter, start, current, others, {}
-        check_untouched(model)
-        modules = _modules(model, adapter, True, distributed)
+        kind = _kind(start)
+        check_base(model, kind)
+        modules = _modules(model, adapter, kind, distributed)
         check_same_layers(start, modules, adapter, checkpoint)
         return adapter, start, current, others, modules
 
@@ -238,7 +261,8 @@ def _rebuild(
     start: Start,
     source: str | os.PathLike[str],
 ) -> None:
-    """Make the base the residual of a start that was read from a checkpoint."""
+    """Make a model start where a checkpoint did: its base the residual, stored or virtual."""
+    kind = _kind(start)
     own = read(job, modules, adapter)
 
     def check(layer: Layer) -> None:
@@ -250,22 +274,23 @@ def _rebuild(
                 f"{str(layer.weight.dtype).removeprefix('torch.')}): load that base model, in "
                 f"that dtype, with no other initialisation on it"
             )
-        # Every residual fits before the first one is written.
-        on(layer.weight.device, _factors(expected)).residual(layer.weight, layer.name)
+        if kind == "stored":  # every residual fits before the first one is written
+            factors = Factors(expected.A0, expected.B0, expected.scaling)
+            on(layer.weight.device, factors).residual(layer.weight, layer.name)
 
     job.together(lambda: map_layers(check, list(own.values())))
-    factors = [_factors(start.layers[name]) for name in modules]
-    commit(list(modules.values()), factors, adapter, residual=True)
+    factors = dict(zip(start.layers, start.factors(), strict=True))
+    commit(list(modules.values()), [factors[name] for name in modules], adapter, kind)
     lora_config(model, adapter).init_lora_weights = True
     attach(model, adapter, start)
 
 
-def _factors(layer: LayerStart) -> Factors:
-    return Factors(layer.A0, layer.B0, layer.scaling)
+def _kind(start: Start) -> Residual:
+    return "virtual" if start.virtual else "stored"
 
 
 def _modules(
-    model: PeftModel, adapter: str, residual: bool, distributed: bool
+    model: PeftModel, adapter: str, residual: Residual, distributed: bool
 ) -> dict[str, LoraLinear]:
     reshard(model)
     modules = initialisable_modules(model, adapter, residual)

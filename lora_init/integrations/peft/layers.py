@@ -7,11 +7,12 @@ import itertools
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear, LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,10 +20,13 @@ from lora_init.adapters import MODEL_PREFIX
 from lora_init.distributed import alive
 from lora_init.factors import Factors, LoraInitError
 from lora_init.integrations.peft.sharded import gathered, here, is_sharded, whole_shape
+from lora_init.integrations.peft.virtual import VirtualStart
 from lora_init.parallel import map_layers, single_threaded
 
 # peft.tuners.lora.Linear; its attributes are hidden from a type checker by nn.Module's __getattr__.
 LoraLinear = Any
+# Where W − s·B₀A₀ is: in the base weight, or W stays and the layer subtracts. None: B₀A₀ is 0.
+Residual = Literal["stored", "virtual"] | None
 # PEFT's own starts that change the base weight: what is left is not W.
 _MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -65,7 +69,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
-def initialisable_modules(model: PeftModel, adapter: str, residual: bool) -> dict[str, LoraLinear]:
+def initialisable_modules(
+    model: PeftModel, adapter: str, residual: Residual
+) -> dict[str, LoraLinear]:
     """The adapter's layers by base module name, all of which can be initialised.
 
     Raises:
@@ -85,27 +91,42 @@ def initialisable_modules(model: PeftModel, adapter: str, residual: bool) -> dic
     }
     if not found:
         raise LoraInitError(f"adapter {adapter!r} has no LoRA layer: check its target_modules")
-    shared = _sharing(model, found) if residual else {}
     for name, module in found.items():
-        reason = _why_not(module, adapter, residual) or shared.get(name)
-        if reason:
-            raise LoraInitError(
-                f"{name}: {reason}; nothing was changed (leave the layer out of target_modules to "
-                "initialise the rest)"
-            )
+        if reason := _why_not(module, adapter):
+            raise _refusal(name, reason, "")
+    if residual == "stored":
+        shared = _sharing(model, found)
+        for name, module in found.items():
+            if reason := _why_base_must_stay(module, adapter) or shared.get(name):
+                raise _refusal(name, reason, 'residual="virtual" leaves the base as it is, or ')
     return found
 
 
-def _why_not(module: LoraLayer, adapter: str, residual: bool) -> str | None:
-    """Why this layer cannot be initialised, or None."""
+def _refusal(name: str, reason: str, way_out: str) -> LoraInitError:
+    return LoraInitError(
+        f"{name}: {reason}; nothing was changed ({way_out}leave the layer out of target_modules to "
+        "initialise the rest)"
+    )
+
+
+def _why_not(module: LoraLinear, adapter: str) -> str | None:
+    """Why this layer cannot be initialised in any way, or None."""
     base = module.get_base_layer()
-    if not isinstance(module, Linear) or not isinstance(base, nn.Linear | Conv1D):
+    weight: Any = getattr(base, "weight", None)
+    quantised = bool(get_bnb_param_type(weight))
+    if not (isinstance(module, Linear) and isinstance(base, nn.Linear | Conv1D)) and not quantised:
         kind = f"{type(base).__name__} ({type(module).__name__})"
         return f"LoRA on {kind} is not supported, only on nn.Linear and Conv1D"
-    if adapter in module.lora_variant:
+    if not isinstance(module.lora_variant.get(adapter), VirtualStart | None):
         variant = type(module.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
         return f"its adapter is {variant}, not plain LoRA"
-    weight = base.weight
+    if module.merged:
+        merged = ", ".join(module.merged_adapters)
+        return f"adapter {merged} is merged into its base: call unmerge_adapter() first"
+    if quantised and weight.is_floating_point():
+        return f"its {type(weight).__name__} is not quantised yet: move the model to its device"
+    if quantised:
+        return None
     if type(here(weight)) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         kind = f"{type(weight).__name__} of {weight.dtype}"
         return f"its base weight is a {kind} (quantised), not a plain floating-point tensor"
@@ -116,11 +137,16 @@ def _why_not(module: LoraLayer, adapter: str, residual: bool) -> str | None:
         )
     if "meta" in (here(weight).device.type, here(module.lora_A[adapter].weight).device.type):
         return "its weights are on the meta device and have no values: load the model first"
-    if module.merged:
-        merged = ", ".join(module.merged_adapters)
-        return f"adapter {merged} is merged into its base: call unmerge_adapter() first"
+    return None
+
+
+def _why_base_must_stay(module: LoraLinear, adapter: str) -> str | None:
+    """Why this layer's base weight cannot become the residual, or None."""
+    weight = module.get_base_layer().weight
+    if get_bnb_param_type(weight):
+        return f"its base weight is a {type(weight).__name__} (quantised)"
     others = [other for other in module.lora_A if other != adapter]
-    if residual and others:
+    if others:
         return f"adapter {others[0]!r} shares it and would be added to the residual instead of W"
     return None
 
@@ -163,13 +189,21 @@ def _sharing(model: nn.Module, found: Mapping[str, LoraLayer]) -> dict[str, str]
     return reasons
 
 
+def base_values(module: LoraLinear, weight: Any) -> Tensor:
+    """The values W (out, in) of a layer's (whole) base weight: a copy where it is quantised."""
+    if get_bnb_param_type(weight):
+        state = getattr(module.get_base_layer(), "state", None)  # an 8-bit weight's scales
+        return dequantize_bnb_weight(weight, state)
+    return oriented(module, weight)
+
+
 def oriented(module: LoraLinear, weight: Tensor) -> Tensor:
     """A base weight's values as W (out, in); Conv1D keeps them as (in, out)."""
     return weight.T if module.fan_in_fan_out else weight
 
 
 def commit(
-    modules: Sequence[LoraLinear], factors: Sequence[Factors], adapter: str, residual: bool
+    modules: Sequence[LoraLinear], factors: Sequence[Factors], adapter: str, residual: Residual
 ) -> None:
     """Write factors, from whatever device, and residuals into the model; all that can fail has been
     tried before.
@@ -177,7 +211,7 @@ def commit(
 
     def one(item: tuple[LoraLinear, Factors]) -> None:
         module, stored = item
-        base = [module.get_base_layer().weight] if residual else []
+        base = [module.get_base_layer().weight] if residual == "stored" else []
         targets = [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
         with gathered(*targets, *base, write=True) as (A, B, *weights):
             for values in weights:
@@ -185,6 +219,10 @@ def commit(
                 on(weight.device, stored).residual(weight, out=weight)
             A.copy_(stored.A)
             B.copy_(stored.B)
+            if residual == "virtual":
+                module.lora_variant[adapter] = VirtualStart(stored, A.device)
+            else:
+                module.lora_variant.pop(adapter, None)
 
     items = list(zip(modules, factors, strict=True))
     with _deferred_interrupt():

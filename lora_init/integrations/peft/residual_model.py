@@ -1,4 +1,5 @@
-"""A PEFT model whose base holds residuals: saves plain adapters, loads its own checkpoints."""
+"""A PEFT model on residuals, stored in its base or virtual: saves plain adapters, loads its own
+checkpoints."""
 
 from __future__ import annotations
 
@@ -10,24 +11,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor
 
 from lora_init.adapters import ADAPTER_FILE, adapter_key, plain_config, plain_tensors
 from lora_init.checkpoints import SIDECAR, Start, read_safetensors, read_start, write_start
 from lora_init.factors import LoraInitError
-from lora_init.integrations.peft.layers import lora_layers
+from lora_init.integrations.peft.layers import Residual, commit, lora_layers
+from lora_init.integrations.peft.mixins import Mixin, mixed
 from lora_init.integrations.peft.sharded import is_sharded, loadable
 from lora_init.staging import merged_into
 
 
-class ResidualModel(PeftModel):
-    """Mixed into a PEFT model's class once its base holds residuals: saves plain adapters, loads
-    its own checkpoints.
-
-    A mixin, not patched methods: `copy.deepcopy` and `pickle` of the model keep it, and each copy
-    has its own starts.
+class ResidualModel(Mixin, PeftModel):
+    """Mixed into a PEFT model's class once its adapters start from residuals: saves plain adapters,
+    loads its own checkpoints. Each copy of the model has its own starts.
     """
 
     lora_init_starts: dict[str, Start]
@@ -94,19 +93,13 @@ class ResidualModel(PeftModel):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As PEFT's for an initialised adapter's own checkpoints; anything else does not fit a
-        residual base.
+        """As PEFT's; into an initialised adapter its own checkpoints only.
 
         Raises:
             LoraInitError: not a checkpoint of this adapter's start.
         """
         if adapter_name not in self.lora_init_starts:
-            known = ", ".join(self.lora_init_starts)
-            raise LoraInitError(
-                f"adapter {adapter_name!r} cannot be added: this model's base is the residual of "
-                f"adapter {known}, so another one would be added to R instead of W; load it on the "
-                f"original base model"
-            )
+            return super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
         directory = Path(model_id) / (kwargs.get("subfolder") or "")
         start, current = read_start(directory)
         others = other_tensors(directory, start, current)
@@ -114,16 +107,6 @@ class ResidualModel(PeftModel):
         if not is_trainable:
             self.eval()
         return result
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        warnings.warn(
-            "with its adapter disabled this model computes its residual base R, not the pretrained "
-            "model: use the original base model for that",
-            stacklevel=3,
-        )
-        with super().disable_adapter():
-            yield
 
     def _whole_state(self, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The state dict to save from, which was given or is this model's own.
@@ -216,35 +199,107 @@ class ResidualModel(PeftModel):
         with loadable(self):
             return set_peft_model_state_dict(self, state, adapter_name=adapter)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time: rebuild it from PEFT's own on unpickling and copying.
-        state = object.__reduce_ex__(self, 2)[2]
-        return _new_residual_model, (type(self).__bases__[1],), state
+
+class StoredResidual(ResidualModel):
+    """Its base weights are R = W − s·B₀A₀."""
+
+    def load_adapter(
+        self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As PEFT's for an initialised adapter's own checkpoints; anything else does not fit a
+        residual base.
+
+        Raises:
+            LoraInitError: not a checkpoint of this adapter's start.
+        """
+        if adapter_name not in self.lora_init_starts:
+            known = ", ".join(self.lora_init_starts)
+            raise LoraInitError(
+                f"adapter {adapter_name!r} cannot be added: this model's base is the residual of "
+                f"adapter {known}, so another one would be added to R instead of W; load it on the "
+                f"original base model"
+            )
+        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        warnings.warn(
+            "with its adapter disabled this model computes its residual base R, not the pretrained "
+            "model: use the original base model for that",
+            stacklevel=3,
+        )
+        with super().disable_adapter():
+            yield
 
 
-def _residual_class(cls: type) -> type:
-    return type(
-        cls.__name__, (ResidualModel, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    )
+class VirtualResidual(ResidualModel):
+    """Its base weights are W; its initialised adapters are s(B A − B₀A₀) on top of them."""
+
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        """As PEFT's. An adapter made of an initialised one's own config object gets its start too.
+
+        So a reference copy, as TRL's trainers make it (they add an adapter, then copy the
+        parameters into it), computes what the adapter computes, and before that the base model.
+        """
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        for other, start in self.lora_init_starts.items():
+            if self.peft_config[other] is peft_config:
+                layers = lora_layers(self)
+                modules = [layers[name] for name in start.layers]
+                commit(modules, start.factors(), adapter_name, "virtual")
+                self.lora_init_starts[adapter_name] = start
+                break
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.lora_init_starts.pop(adapter_name, None)
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, of adapters that are plain LoRA.
+
+        Raises:
+            LoraInitError: PEFT would combine B A without the start.
+        """
+        for adapter in adapters:
+            if adapter in self.lora_init_starts:
+                raise LoraInitError(
+                    f"adapter {adapter!r} is s(B A − B₀A₀), of which add_weighted_adapter knows "
+                    "B A only: save it with save_adapter and load it under another name, as plain "
+                    "LoRA"
+                )
+        cast("LoraModel", self.base_model).add_weighted_adapter(adapters, *args, **kwargs)
 
 
-def _new_residual_model(cls: type) -> Any:
-    return object.__new__(_residual_class(cls))
-
-
-def check_untouched(model: PeftModel) -> None:
-    """Raises `LoraInitError` if the base already holds residuals."""
-    if isinstance(model, ResidualModel):
+def check_base(model: PeftModel, residual: Residual) -> None:
+    """Raises `LoraInitError` if the base holds residuals, or must not."""
+    if isinstance(model, StoredResidual):
         raise LoraInitError(
             f"this model's base already is the residual of adapter "
             f"{', '.join(model.lora_init_starts)}: build it anew from the original base to "
             f"initialise again"
         )
+    if isinstance(model, VirtualResidual) and residual == "stored":
+        raise LoraInitError(
+            f"adapter {', '.join(model.lora_init_starts)} needs this model's base as it is: pass "
+            'residual="virtual" here too'
+        )
 
 
 def attach(model: PeftModel, adapter: str, start: Start) -> None:
-    model.__class__ = _residual_class(type(model))
-    cast("ResidualModel", model).lora_init_starts = {adapter: start}
+    """Make an initialised model one that saves and loads by its adapters' starts."""
+    if not isinstance(model, ResidualModel):
+        kind = VirtualResidual if start.virtual else StoredResidual
+        model.__class__ = mixed(kind, type(model))
+        cast("ResidualModel", model).lora_init_starts = {}
+    cast("ResidualModel", model).lora_init_starts[adapter] = start
+
+
+def detach(model: PeftModel, adapter: str) -> None:
+    """Forget the start of an adapter that was initialised without one since."""
+    if isinstance(model, ResidualModel):
+        model.lora_init_starts.pop(adapter, None)
 
 
 def other_tensors(

@@ -24,7 +24,7 @@ if dist.is_available():
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether reading the parameter takes all ranks."""
-    return _is_dtensor(parameter) or _is_partitioned(parameter)
+    return _is_dtensor(parameter) or is_partitioned(parameter)
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ def gathered(*parameters: Tensor, write: bool = False) -> Iterator[list[Tensor]]
     Raises:
         LoraInitError: ZeRO-3 partitioned a parameter and transformers does not know of it.
     """
-    partitioned = [parameter for parameter in parameters if _is_partitioned(parameter)]
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     with _zero3(partitioned, write):
         values = [_values(parameter) for parameter in parameters]
         yield values
@@ -62,14 +62,14 @@ def whole(parameter: Tensor) -> Tensor:
     """A parameter's values: itself where plain, a copy where sharded."""
     with gathered(parameter) as (values,):
         # ZeRO-3 frees what it gathered.
-        return values.clone() if _is_partitioned(parameter) else values
+        return values.clone() if is_partitioned(parameter) else values
 
 
 @contextmanager
 def loadable(model: nn.Module) -> Iterator[None]:
     """Inside, PEFT can load whole tensors into what is trained; DTensors' parts it cuts itself."""
     reshard(model)
-    trained = [p for p in model.parameters() if p.requires_grad and _is_partitioned(p)]
+    trained = [p for p in model.parameters() if p.requires_grad and is_partitioned(p)]
     with _zero3(trained, write=True):
         yield
 
@@ -88,7 +88,7 @@ def _is_dtensor(parameter: Tensor) -> bool:
     return dist.is_available() and isinstance(parameter, DTensor)
 
 
-def _is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 

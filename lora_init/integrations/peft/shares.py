@@ -15,7 +15,7 @@ from lora_init import engine, selftest
 from lora_init.cache import CacheOption
 from lora_init.distributed import Ranks, alive
 from lora_init.factors import Factors, row_blocks
-from lora_init.integrations.peft.layers import LoraLinear, oriented
+from lora_init.integrations.peft.layers import LoraLinear, Residual, base_values
 from lora_init.integrations.peft.sharded import is_sharded, whole, whole_shape
 from lora_init.methods import Layer, Method
 from lora_init.parallel import map_layers
@@ -81,7 +81,7 @@ def read(
             values = whole(parameter)
         if owner == job.rank:
             scaling = float(module.scaling[adapter])
-            own[name] = Layer(name, oriented(module, values), module.r[adapter], scaling, seed)
+            own[name] = Layer(name, base_values(module, values), module.r[adapter], scaling, seed)
     return own
 
 
@@ -90,6 +90,7 @@ def solve(
     modules: Mapping[str, LoraLinear],
     adapter: str,
     method: Method,
+    residual: Residual,
     *,
     seed: int,
     cache: CacheOption,
@@ -137,7 +138,7 @@ def solve(
             factors.to(modules[layer.name].lora_A[adapter].weight.dtype, layer.name)
             for layer, factors in zip(part, found, strict=True)
         ]
-        reports = measure(part, stored, method)
+        reports = measure(part, stored, residual == "stored")
         return {
             layer.name: Solved(
                 layers[layer.name],

@@ -1,0 +1,69 @@
+"""The virtual residual of a PEFT layer: W stays, the low-rank branch subtracts the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lora_init.factors import Factors
+
+
+class VirtualStart(LoraVariant):
+    """Has a layer compute W x + s(B A − B₀A₀) drop(x), exactly W x while A = A₀ and B = B₀.
+
+    PEFT asks an adapter's variant for all that depends on its formula: the forward pass, also with
+    several adapters active or a mixed batch, merging and unmerging, on plain and on quantised
+    weights. Nothing of it is in the state dict.
+    """
+
+    def __init__(self, start: Factors, device: torch.device):
+        """start: A₀ (r, in) and B₀ (out, r), which are copied; s is the layer's own."""
+        A0, B0 = (t.detach().to(device, copy=True) for t in (start.A, start.B))
+        self.A0, self.B0 = A0.contiguous(), B0.contiguous()
+
+    def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(A₀, B₀) on the device of `like`, where they stay, in its dtype."""
+        if self.A0.device != like.device:  # module.to() does not know of them
+            self.A0, self.B0 = self.A0.to(like.device), self.B0.to(like.device)
+        return self.A0.to(like.dtype), self.B0.to(like.dtype)
+
+    def forward(  # type: ignore[override]  # PEFT's are static, and called on the instance
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        A0, B0 = self.factors(x)
+        x = module.lora_dropout[active_adapter](x)  # one mask for both products
+        update = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        update = update - linear(linear(x, A0), B0)
+        return result + update * module.scaling[active_adapter]
+
+    def merge_safe(  # type: ignore[override]
+        self, module: Any, active_adapter: str, orig_weight: Tensor
+    ) -> Tensor:
+        return self._shifted(module, active_adapter, orig_weight, 1)
+
+    def merge_unsafe(  # type: ignore[override]
+        self, module: Any, active_adapter: str, orig_weight: Tensor
+    ) -> None:
+        orig_weight.data.copy_(self._shifted(module, active_adapter, orig_weight, 1))
+
+    def unmerge(  # type: ignore[override]
+        self, module: Any, active_adapter: str, orig_weight: Tensor
+    ) -> Tensor:
+        return self._shifted(module, active_adapter, orig_weight, -1)
+
+    def supports_lora_conversion(self) -> bool:
+        return False  # PEFT would convert B A alone
+
+    @torch.no_grad()
+    def _shifted(self, module: Any, adapter: str, weight: Tensor, sign: int) -> Tensor:
+        """weight ± s(B A − B₀A₀), in fp32 or wider and rounded once."""
+        A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        wide = torch.promote_types(A.dtype, torch.float32)
+        A0, B0 = self.factors(A.to(wide))
+        delta = (B.to(wide) @ A.to(wide) - B0 @ A0) * (sign * module.scaling[adapter])
+        delta = delta.T if module.fan_in_fan_out else delta
+        return (weight.detach() + delta).to(weight.dtype)

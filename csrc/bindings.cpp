@@ -1,10 +1,54 @@
 // lora_init._C: what Python calls. Pointers and streams come as integers, so nothing of torch is
 // needed here; which call a kernel can take is decided in lora_init/backends/cuda.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "lora_linear.h"
 
 namespace py = pybind11;
+using namespace lora_init;
+
+namespace {
+
+const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.attr("archs") = LORA_INIT_CUDA_ARCHS;
   m.attr("cuda_version") = LORA_INIT_CUDA_VERSION;
+
+  m.def("why_no_lora_linear", &why_no_lora_linear, py::arg("device"));
+  m.def(
+      "lora_linear",
+      [](uintptr_t x, uintptr_t R, uintptr_t S, uintptr_t B, uintptr_t bias, uintptr_t y,
+         std::array<int64_t, 4> sizes, std::array<int64_t, 5> strides, bool bf16, bool transposed,
+         int tile_n, int cluster, int device, uintptr_t stream) {
+        const auto [m, n, k, r] = sizes;
+        const auto [stride_x, stride_R, stride_S, stride_B, stride_y] = strides;
+        lora_linear({pointer(x),
+                     pointer(R),
+                     pointer(S),
+                     pointer(B),
+                     pointer(bias),
+                     const_cast<void*>(pointer(y)),
+                     m,
+                     n,
+                     k,
+                     r,
+                     stride_x,
+                     stride_R,
+                     stride_S,
+                     stride_B,
+                     stride_y,
+                     bf16,
+                     transposed,
+                     tile_n,
+                     cluster,
+                     device,
+                     reinterpret_cast<cudaStream_t>(stream)});
+      },
+      py::kw_only(), py::arg("x"), py::arg("R"), py::arg("S"), py::arg("B"), py::arg("bias"),
+      py::arg("y"), py::arg("sizes"), py::arg("strides"), py::arg("bf16"), py::arg("transposed"),
+      py::arg("tile_n") = 0, py::arg("cluster") = 0, py::arg("device"), py::arg("stream"));
 }

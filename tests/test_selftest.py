@@ -47,7 +47,8 @@ def descend(group, state, steps):
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     (tmp_path / "kernels.py").write_text(KERNELS)
     monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
-    monkeypatch.delattr("lora_init.backends.triton.fingerprint")  # only this one is tested here
+    for other in ("triton", "cuda"):  # only this one is tested here
+        monkeypatch.delattr(f"lora_init.backends.{other}.fingerprint")
     monkeypatch.setattr(backends, "_distrusted", {})
     monkeypatch.setattr(selftest, "_verdicts", {})
     monkeypatch.setenv("LORA_INIT_CACHE_DIR", str(tmp_path / "cache"))

@@ -6,7 +6,9 @@ A backend is a module in this package with
 - `why_unsupported(op, *args) -> str | None`: the reason it cannot run this call, or None,
 - one function per op it has, named like the op (`dual_project`, `descend`, ...);
 - of one with kernels, `fingerprint()`, which changes when they do and has it self-tested, and
-  `VERIFIED`, the ops that a committed result shows running on a GPU.
+  `VERIFIED`, the ops that a committed result shows running on a GPU,
+- if it likes, `why_not_auto(op, *args)`: why `auto` leaves a call to the next one that this one
+  could run.
 
 An explicitly asked-for backend (`LORA_INIT_BACKEND`, `with backend(name)`) runs or raises with the
 reason; only `auto` falls through to the next one, and logs why at DEBUG. What failed its self-test
@@ -80,9 +82,9 @@ def select(op: str, *args: Any) -> Backend:
     Raises:
         BackendError: the one asked for is unknown or cannot run the call, or none can.
     """
-    reasons = []
-    for candidate in _candidates(_asked()):
-        reason = _why_not(candidate, op, args)
+    reasons, asked = [], _asked()
+    for candidate in _candidates(asked):
+        reason = _why_not(candidate, op, args, asked)
         if reason is None:
             return candidate
         reasons.append(f"{candidate.NAME}: {reason}")
@@ -105,7 +107,7 @@ def explain(op: str, *args: Any) -> str:
     asked = _asked()
     lines, chosen = [], False
     for candidate in _candidates(asked):
-        reason = _why_not(candidate, op, args)
+        reason = _why_not(candidate, op, args, asked)
         if reason is None and not chosen:
             chosen, note = True, "" if candidate.PRIORITY == 0 else f" ({_standing(candidate, op)})"
             reason = f"runs {op}{note}"
@@ -138,12 +140,14 @@ def _standing(candidate: Backend, op: str) -> str:
     return "measured in benchmarks/results" if verified else "unverified: in no committed result"
 
 
-def _why_not(candidate: Backend, op: str, args: Sequence[Any]) -> str | None:
+def _why_not(candidate: Backend, op: str, args: Sequence[Any], asked: str) -> str | None:
     reason = candidate.why_unsupported(op, *args)
     if reason is None and _distrusted:
         device = device_of(args)
         if device is not None:
-            return _distrusted.get((candidate.NAME, op, device))
+            reason = _distrusted.get((candidate.NAME, op, device))
+    if reason is None and asked == "auto" and hasattr(candidate, "why_not_auto"):
+        reason = candidate.why_not_auto(op, *args)
     return reason
 
 

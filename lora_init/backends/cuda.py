@@ -1,0 +1,199 @@
+"""CUDA kernels, compiled into the optional module `lora_init._C`, on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_init import native
+from lora_init.ops.philox import keep_mask
+
+NAME = "cuda"
+PRIORITY = 20
+VERIFIED: tuple[str, ...] = ()
+
+_OPS = ("lora_linear",)
+# Op -> the compute capabilities where a file in benchmarks/results/ shows it faster than Triton.
+_FASTER: dict[str, tuple[tuple[int, int], ...]] = {}
+
+
+@cache
+def fingerprint() -> str:
+    """What the kernels' code is: a verdict on them holds for this build."""
+    module = native.module()
+    return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() if module else "not built"
+
+
+def why_unsupported(op: str, *args: Any) -> str | None:
+    if op not in _OPS:
+        return f"has no op {op!r}"
+    if native.module() is None:
+        return "lora_init._C is not built: LORA_INIT_CUDA=1 pip install does that, or says why not"
+    return _why_not_lora_linear(*args)
+
+
+def why_not_auto(op: str, *args: Any) -> str | None:
+    """Why `auto` passes it over for a call that it could run."""
+    if torch.cuda.get_device_capability(args[0].device) in _FASTER.get(op, ()):
+        return None
+    return "no committed result shows it faster here"
+
+
+def lora_linear_forward(
+    x: Tensor,
+    R: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    trained: int,
+) -> tuple[Tensor, Tensor]:
+    S = (_dropped(x, seed, dropout_p) @ A.T).mul_(scaling / (1 - dropout_p))
+    return _matmul(x, R, S, B, bias), S
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    R: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    trained: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    need_x, need_A, need_B, need_bias = output_mask
+    dx = dA = dB = None
+    if need_x or need_A:
+        dS = (dy @ B).mul_(scaling / (1 - dropout_p))
+        if need_x and seed is None:
+            dx = _matmul(dy, R, dS, A, transposed=True)
+        elif need_x:
+            # The mask is of dS A alone, which the kernel never has apart.
+            dx = _matmul(dy, R, transposed=True).add_(_dropped(dS @ A, seed, dropout_p))
+        if need_A:
+            assert x is not None
+            dA = dS[:, :trained].T @ _dropped(x, seed, dropout_p)
+    if need_B:
+        assert S is not None
+        dB = dy.T @ S[:, :trained]
+    return dx, dA, dB, dy.sum(0) if need_bias else None
+
+
+def _matmul(
+    x: Tensor,
+    R: Tensor,
+    S: Tensor | None = None,
+    B: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    tile_n: int = 0,
+    cluster: int = 0,
+) -> Tensor:
+    """x Rᵀ + S Bᵀ + bias, or x R + S B where `transposed`, in one launch.
+
+    Args:
+        x: (M, k), fp16 or bf16, any strides.
+        R: (n, k), or (k, n); rows contiguous and aligned to 16 bytes.
+        S: (M, r), r ≥ 1.
+        B: (n, r), or (r, n).
+        bias: (n,).
+        tile_n, cluster: of csrc/lora_linear.h; 0 lets the shape decide.
+
+    Returns:
+        (M, n), contiguous.
+    """
+    n = R.shape[1] if transposed else R.shape[0]
+    y = x.new_empty(x.shape[0], n)
+    x = _aligned(x)
+    low_rank = (0, 0, 0, 0, 0)
+    if S is not None and B is not None:
+        S, B = _aligned(S), _aligned(B)
+        low_rank = (S.data_ptr(), B.data_ptr(), S.shape[1], S.stride(0), B.stride(0))
+    at_S, at_B, r, stride_S, stride_B = low_rank
+    bias = None if bias is None else bias.contiguous()
+    module = native.module()
+    assert module is not None
+    module.lora_linear(
+        x=x.data_ptr(),
+        R=R.data_ptr(),
+        S=at_S,
+        B=at_B,
+        bias=0 if bias is None else bias.data_ptr(),
+        y=y.data_ptr(),
+        sizes=(x.shape[0], n, x.shape[1], r),
+        strides=(x.stride(0), R.stride(0), stride_S, stride_B, n),
+        bf16=x.dtype == torch.bfloat16,
+        transposed=transposed,
+        tile_n=tile_n,
+        cluster=cluster,
+        device=x.device.index,
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )
+    return y
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """The same matrix with rows that TMA can address: itself, or a copy."""
+    if _why_not_aligned(matrix) is None:
+        return matrix
+    rows, columns = matrix.shape
+    # On the stream that reads it, so that the allocator may give its memory away afterwards.
+    copy = matrix.new_empty(rows, -(-columns // 8) * 8)[:, :columns]
+    return copy.copy_(matrix)
+
+
+def _why_not_aligned(matrix: Tensor) -> str | None:
+    """Of a 16-bit matrix, why TMA cannot address its rows."""
+    pitch, step = matrix.stride()
+    if step != 1 or pitch < matrix.shape[1] or pitch % 8 or matrix.data_ptr() % 16:
+        return (
+            f"needs contiguous rows that start at multiples of 16 bytes, got strides "
+            f"{(pitch, step)} at {matrix.data_ptr() % 16} mod 16"
+        )
+    return None
+
+
+def _dropped(tensor: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    if seed is None:
+        return tensor
+    return tensor.masked_fill(~keep_mask(seed, tensor.shape[0], tensor.shape[1], dropout_p), 0)
+
+
+def _why_not_lora_linear(*args: Any) -> str | None:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    for device in {t.device for t in tensors}:
+        if device.type != "cuda" or torch.version.cuda is None:
+            return f"runs on NVIDIA GPUs; the tensors are on {device.type}"
+        if reason := _why_not_on(device.index):
+            return reason
+    dtypes = {t.dtype for t in tensors}
+    if not dtypes <= {torch.bfloat16} and not dtypes <= {torch.float16}:
+        names = ", ".join(sorted(str(dtype)[6:] for dtype in dtypes))
+        return f"computes with all operands in bfloat16 or all in float16, not {names}"
+    for R in tensors[1:2]:
+        if R.shape[0] % 8 or R.shape[1] % 8:
+            return f"needs in and out to be multiples of 8, R is {tuple(R.shape)}"
+        if reason := _why_not_aligned(R):
+            return f"of R {reason}"
+    return None
+
+
+@cache
+def _why_not_on(index: int) -> str | None:
+    module = native.module()
+    assert module is not None
+    reason: str | None = module.why_no_lora_linear(index)
+    return reason

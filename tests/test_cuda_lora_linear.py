@@ -1,0 +1,247 @@
+"""csrc/lora_linear.cu: its index maths on the host, its machine code, and on a GPU its results."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_init import BackendError, backend, backends, native
+from lora_init.backends import cuda
+from lora_init.ops.lora_linear import lora_linear
+from lora_init.testing import assert_accurate
+
+ROOT = Path(__file__).resolve().parents[1]
+HALVES = (torch.bfloat16, torch.float16)
+
+# (M, in, out, r) of the smallest, no multiple of a tile or a step, more than one chunk of ranks,
+# and LLaMA's k/v and q.
+SHAPES = {
+    "1x8x8_r1": (1, 8, 8, 1),
+    "1x4096x1024_r16": (1, 4096, 1024, 16),
+    "127x72x136_r8": (127, 72, 136, 8),
+    "129x1000x264_r17": (129, 1000, 264, 17),
+    "300x64x72_r100": (300, 64, 72, 100),
+    "513x520x1024_r64": (513, 520, 1024, 64),
+    "2049x4096x1024_r16": (2049, 4096, 1024, 16),
+    "3000x4096x4096_r16": (3000, 4096, 4096, 16),
+}
+
+
+def test_every_element_is_where_the_hardware_looks_for_it(tmp_path: Path) -> None:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    program = tmp_path / "gemm_tiles_test"
+    source = ROOT / "tests" / "gemm_tiles_test.cpp"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *flags, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """What ptxas says of the kernels, and their SASS."""
+    triton = pytest.importorskip("triton")  # brings a disassembler
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    cubin = tmp_path_factory.mktemp("cubin") / "lora_linear.cubin"
+    flags = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
+    source = ROOT / "csrc" / "lora_linear.cu"
+    command = ["nvcc", *flags, "-Werror=all-warnings", "-o", cubin, source]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    return built.stderr, sass
+
+
+def test_kernels_keep_everything_in_registers_and_their_products_apart(
+    machine_code: tuple[str, str],
+) -> None:
+    said, sass = machine_code
+    kernels = sass.count("Function :")
+    assert kernels == 16  # dtypes, tile widths, cluster sizes, directions
+    assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == kernels
+    assert "serialized" not in said
+    assert not re.search(r"\b(STL|LDL)\b", sass)
+
+
+def test_kernels_use_tensor_cores_and_the_copy_engine(machine_code: tuple[str, str]) -> None:
+    for kernel in machine_code[1].split("Function :")[1:]:
+        name = kernel.split("\n", 1)[0]
+        for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "STSM", "USETMAXREG"):
+            assert instruction in kernel, name
+        assert not re.search(r"\bHMMA\b", kernel), name
+        # Two CTAs share what they both read.
+        assert ("MULTICAST" in kernel) == ("Li2E" in name), name
+
+
+def test_reasons_are_given_on_the_cpu() -> None:
+    x = torch.zeros(4, 8, dtype=torch.bfloat16)
+    R, A, B = x.new_zeros(16, 8), x.new_zeros(2, 8), x.new_zeros(16, 2)
+    expected = "on the CPU|on cpu|not built"
+    with backend("cuda"), pytest.raises(BackendError, match=expected):
+        lora_linear(x, R, A, B)
+
+
+def test_without_the_module_the_reason_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "module", lambda: None)
+    reason = cuda.why_unsupported("lora_linear")
+    assert reason is not None
+    assert "LORA_INIT_CUDA=1" in reason
+
+
+# On a GPU
+
+
+def operands(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, R, A, B and bias of an adapted layer; y is of size 1."""
+    M, in_features, out_features, r = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def draw(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=generator) * scale).to("cuda", dtype)
+
+    return (
+        draw(M, in_features),
+        draw(out_features, in_features, scale=in_features**-0.5),
+        draw(r, in_features, scale=in_features**-0.5),
+        draw(out_features, r, scale=r**-0.5),
+        draw(out_features),
+    )
+
+
+@pytest.fixture
+def _cuda() -> Iterator[None]:
+    x, R, A, B, _ = operands((8, 8, 8, 8), torch.bfloat16)
+    if reason := cuda.why_unsupported("lora_linear", x, R, A, B):
+        pytest.skip(reason)
+    with backend("cuda"):
+        yield
+
+
+def poison() -> None:
+    """Fill the memory that the next outputs will get with NaN."""
+    torch.full((1 << 26,), torch.nan, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("tile", [(256, 2), (256, 1), (128, 2), (128, 1)], ids=str)
+def test_the_product_with_every_tile(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, tile: tuple[int, int]
+) -> None:
+    x, R, _, B, bias = operands(shape, dtype)
+    M, in_features, out_features, r = shape
+    generator = torch.Generator("cuda").manual_seed(1)
+    S = torch.randn(M, r, device="cuda", generator=generator).to(dtype)
+    dS = torch.randn(M, r, device="cuda", generator=generator).to(dtype)
+    dy = torch.randn(M, out_features, device="cuda", generator=generator).to(dtype)
+    A = torch.randn(r, in_features, device="cuda", generator=generator).to(dtype)
+    options = {"tile_n": tile[0], "cluster": tile[1]}
+    poison()
+    y = cuda._matmul(x, R, S, B, bias, **options)
+    exact = x.double() @ R.double().T + S.double() @ B.double().T + bias.double()
+    assert_accurate(y, exact.cpu().numpy(), exact.to(dtype), label="y")
+    poison()
+    dx = cuda._matmul(dy, R, dS, A, transposed=True, **options)
+    exact = dy.double() @ R.double() + dS.double() @ A.double()
+    assert_accurate(dx, exact.cpu().numpy(), exact.to(dtype), label="dx")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_forward_and_gradients_against_fp64(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    inputs = operands(shape, dtype)
+    upstream = torch.randn(shape[0], shape[2], device="cuda").to(dtype)
+
+    def run(name: str, *tensors: Tensor) -> list[Tensor]:
+        x, R, A, B, bias = tensors
+        leaves = [t.detach().requires_grad_() for t in (x, A, B, bias)]
+        with backend(name):
+            y = lora_linear(leaves[0], R, leaves[1], leaves[2], 1.5, leaves[3])
+            return [y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    poison()
+    actual = run("cuda", *inputs)
+    torch_own = run("reference", *inputs)
+    exact = run("reference", *(t.double() for t in inputs))
+    for label, got, own, truth in zip(
+        ("y", "dx", "dA", "dB", "dbias"), actual, torch_own, exact, strict=True
+    ):
+        assert_accurate(got, truth.detach().cpu().numpy(), own, label=label)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+def test_rows_apart_no_rows_and_another_stream() -> None:
+    x, R, A, B, bias = operands((200, 136, 264, 17), torch.bfloat16)
+    expected = lora_linear(x, R, A, B, bias=bias)
+    apart = torch.cat([x, x], 1)[:, :136]
+    every_second = torch.stack([x, x], -1)[..., 1]
+    wide_R = torch.cat([R, R], 1)[:, :136]
+    for view in (apart, every_second):
+        assert torch.equal(lora_linear(view, wide_R, A, B, bias=bias), expected)
+    assert lora_linear(x[:0], R, A, B, bias=bias).shape == (0, 264)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        later = lora_linear(x, R, A, B, bias=bias)
+    stream.synchronize()
+    assert torch.equal(later, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+def test_in_a_graph() -> None:
+    x, R, A, B, bias = operands((200, 136, 264, 16), torch.bfloat16)
+    lora_linear(x, R, A, B, bias=bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = lora_linear(x, R, A, B, bias=bias)
+    x.copy_(x.flip(0))
+    graph.replay()
+    assert torch.equal(y, lora_linear(x, R, A, B, bias=bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+def test_what_tma_cannot_address_is_refused_with_a_reason() -> None:
+    x, R, A, B, _ = operands((20, 136, 264, 16), torch.bfloat16)
+    for refused, reason in (
+        ((x[:, :130], R[:, :130], A[:, :130], B), "multiples of 8"),
+        ((x, R.T.contiguous().T, A, B), "contiguous rows"),
+        ((x.float(), R.float(), A.float(), B.float()), "float32"),
+        ((x, R, A.float(), B.float()), "bfloat16, float32"),
+    ):
+        with pytest.raises(BackendError, match=reason):
+            backends.select("lora_linear", *refused)
+    with pytest.raises(ValueError, match="is not in device memory"):
+        native.module().lora_linear(  # type: ignore[union-attr]
+            x=x.cpu().data_ptr(),
+            R=R.data_ptr(),
+            S=0,
+            B=0,
+            bias=0,
+            y=x.new_empty(20, 264).data_ptr(),
+            sizes=(20, 264, 136, 0),
+            strides=(136, 136, 0, 0, 264),
+            bf16=True,
+            transposed=False,
+            device=0,
+            stream=0,
+        )

@@ -86,6 +86,8 @@ __device__ void produce(const Operands& operands, Shared<TILE_N>& shared) {
   constexpr uint16_t kAll = (1 << CLUSTER) - 1;
   const int rank = CLUSTER == 1 ? 0 : hopper::cluster_rank();
   const int chunks = ceil_div(operands.k, kTileK), rank_chunks = ceil_div(operands.r, kTileK);
+  hopper::prefetch_tensormap(&operands.x);
+  hopper::prefetch_tensormap(&operands.R);
   Ring<stage_count(TILE_N)> ring;
   for (int index = blockIdx.x / CLUSTER; index < operands.m_tiles * operands.n_tiles;
        index += gridDim.x / CLUSTER) {

@@ -1,8 +1,10 @@
 """The optional native module: built where nvcc is, left out with a reason where it is not."""
 
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,38 @@ def test_the_module_links_neither_torch_nor_the_driver() -> None:
     linked = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
     for library in ("torch", "libcuda.", "libcudart.", "c10"):
         assert library not in linked
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_the_wheel_with_the_module_installs_and_imports(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in tracked.stdout.decode().strip("\0").split("\0"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    env = os.environ | {"LORA_INIT_CUDA": "1", "LORA_INIT_CUDA_ARCHS": "90a-real"}
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+    ]
+    done = subprocess.run([*pip, source], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "import lora_init; print(lora_init.__file__, lora_init.build_info()['archs'])"
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed.split() == [str(site / "lora_init" / "__init__.py"), "90a-real"]

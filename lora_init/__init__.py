@@ -14,6 +14,7 @@ from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import methods
 
 if TYPE_CHECKING:
+    from lora_init import nn
     from lora_init.adapters import export_adapter
     from lora_init.integrations.checkpoint import initialize_checkpoint
     from lora_init.integrations.peft import fuse, initialize, resume, save_adapter, unfuse
@@ -34,6 +35,7 @@ __all__ = [
     "initialize_checkpoint",
     "lora_linear",
     "methods",
+    "nn",
     "resume",
     "save_adapter",
     "unfuse",
@@ -54,6 +56,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return import_module("lora_init.nn")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -430,6 +430,215 @@ def test_compile_with_inductor() -> None:
     torch.testing.assert_close(masked @ A.T * SCALING, S, rtol=1e-3, atol=1e-3)
 
 
+# A virtual start
+
+
+def a_start(A: Tensor, B: Tensor, r: int | None = None) -> tuple[Tensor, Tensor]:
+    """Another pair of factors with A's and B's dtypes and sizes, of rank r."""
+    r = r or A.shape[0]
+    wave = torch.arange(r * (A.shape[1] + B.shape[0]), dtype=fp64).cos()
+    A0, B0 = wave[: r * A.shape[1]].view(r, -1), wave[r * A.shape[1] :].view(-1, r)
+    return (A0 * A.shape[1] ** -0.5).to(A.dtype), (B0 * r**-0.5).to(B.dtype)
+
+
+def started(
+    x: Tensor,
+    R: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float = SCALING,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    return lora_linear(x, R, A, B, scaling, bias, dropout_p, start=a_start(A, B))
+
+
+def plain_started(
+    x: Tensor, R: Tensor, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None
+) -> Tensor:
+    A0, B0 = a_start(A, B)
+    y, low = linear(x, R, bias), x.to(A.dtype)
+    return (y + (linear(linear(low, A), B) - linear(linear(low, A0), B0)) * scaling).to(y.dtype)
+
+
+@pytest.mark.parametrize(
+    "shape", [(12,), (6, 12), (2, 1, 5, 12), (0, 12), (1, 1), (9, 33)], ids=str
+)
+@pytest.mark.parametrize("r", [1, 3, 16])
+def test_start_shapes(shape: tuple[int, ...], r: int) -> None:
+    tensors = make(shape, r=r)
+    assert_close(run(started, *tensors), run(plain_started, *in_fp64(*tensors)))
+
+
+def test_start_of_another_rank() -> None:
+    x, R, A, B, bias = make(dtype=fp64)
+    A0, B0 = a_start(A, B, 7)
+    y = lora_linear(x, R, A, B, SCALING, bias, start=(A0, B0))
+    torch.testing.assert_close(y, plain(x, R, A, B, SCALING, bias) - x @ A0.T @ B0.T * SCALING)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(fp32, fp32), (fp16, fp16), (bf16, bf16), (bf16, fp32), (fp64, fp64)],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("r", [1, 5, 16])
+def test_start_is_the_frozen_layer_bit_for_bit(
+    dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float, r: int
+) -> None:
+    x, R, A, B, bias = make((37, 130), 70, r, dtype, adapter_dtype)
+    for b in (None, bias):
+        y = lora_linear(x, R, A, B, 2.0, b, dropout_p, start=(A.detach(), B.detach()))
+        assert torch.equal(y, linear(x, R, b))
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(dx, torch.ones_like(y) @ R)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [(fp32, fp32), (fp16, fp16), (bf16, bf16), (bf16, fp32)], ids=str
+)
+def test_start_error_is_at_most_twice_that_of_the_plain_expression(
+    dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> None:
+    tensors = make((40, 300), 200, 8, dtype, adapter_dtype)
+    start = a_start(*tensors[2:4])
+
+    def exactly(x: Tensor, R: Tensor, A: Tensor, B: Tensor, s: float, bias: Tensor) -> Tensor:
+        A0, B0 = (t.to(fp64) for t in start)  # rounded as they are, unlike a_start of fp64 factors
+        return plain(x, R, A, B, s, bias) - linear(linear(x, A0), B0) * s
+
+    exact = run(exactly, *in_fp64(*tensors))
+    for got, same, truth in zip(
+        run(started, *tensors), run(plain_started, *tensors), exact, strict=True
+    ):
+        assert (got - truth).norm() <= 2 * (same - truth).norm()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_start_gradcheck(dropout_p: float) -> None:
+    x, R, A, B, bias = make((3, 5), 4, 2, fp64)
+    start = a_start(A, B, 3)
+
+    def seeded(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return lora_linear(x, R, A, B, SCALING, bias, dropout_p, start=start)
+
+    assert torch.autograd.gradcheck(seeded, (x, A, B, bias))
+
+
+@pytest.mark.parametrize(
+    ("needed", "call"),
+    [
+        pytest.param("xABb", (True, True, True, True, True, True), id="all"),
+        pytest.param("AB", (False, True, True, False, True, True), id="frozen x"),
+        pytest.param("xB", (True, False, True, False, False, True), id="frozen A"),
+        pytest.param("x", (True, False, False, False, False, False), id="x only"),
+    ],
+)
+def test_start_computes_only_what_is_needed(
+    needed: str, call: tuple[bool, ...], recorder: Recorder
+) -> None:
+    x, R, A, B, bias = make()
+    for name, tensor in {"x": x, "A": A, "B": B, "b": bias}.items():
+        tensor.requires_grad_(name in needed)
+    with backend("recorder"):
+        got = run(started, x, R, A, B, bias)
+    assert recorder.calls == [call]
+    assert_close(got, run(plain_started, x, R, A, B, bias))
+
+
+def test_start_under_autocast_and_no_grad() -> None:
+    tensors = make()
+    with torch.autocast("cpu", dtype=bf16):
+        got = run(started, *tensors)
+    for a, b in zip(got, run(plain_started, *tensors), strict=True):
+        assert (a - b).norm() <= 2e-2 * b.norm()
+    with torch.no_grad():
+        assert not started(*tensors[:4]).requires_grad
+
+
+def test_start_twice_in_one_graph_and_a_retained_graph() -> None:
+    tensors = make((6, 12), out=12)
+
+    def twice(x: Tensor, *rest: Tensor) -> Tensor:
+        return started(torch.tanh(started(x, *rest)), *rest)
+
+    def plain_twice(x: Tensor, *rest: Tensor) -> Tensor:
+        return plain_started(torch.tanh(plain_started(x, *rest)), *rest)
+
+    assert_close(run(twice, *tensors), run(plain_twice, *in_fp64(*tensors)))
+    x, _, A, B, bias = tensors
+    y = twice(*tensors[:4], SCALING, bias)
+    first = torch.autograd.grad(y.sum(), (x, A, B, bias), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(y.sum(), (x, A, B, bias))))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_start_compiled_and_checkpointed(dropout_p: float) -> None:
+    tensors = make((2, 3, 12))
+
+    def f(*arguments: Tensor) -> Tensor:
+        return torch.tanh(started(*arguments, dropout_p=dropout_p)) * 2
+
+    def checkpointed(*arguments: Tensor) -> Tensor:
+        return checkpoint(f, *arguments, use_reentrant=False)
+
+    results = []
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager"), checkpointed):
+        torch.manual_seed(5)
+        results.append(run(g, *tensors))
+    assert_close(results[1], results[0], tolerance=1e-6)
+    assert all(map(torch.equal, results[2], results[0]))
+
+
+@pytest.mark.parametrize("shape", [(6, 12), (2, 3, 12), (0, 12)], ids=str)
+@pytest.mark.parametrize(("dtype", "low"), [(fp32, fp32), (bf16, fp32)], ids=str)
+@pytest.mark.parametrize("seed", [None, torch.tensor([7])], ids=["", "dropout"])
+def test_start_opcheck(
+    shape: tuple[int, ...], dtype: torch.dtype, low: torch.dtype, seed: Tensor | None
+) -> None:
+    ops = torch.ops.lora_init
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    x, R, A, B, bias = (t.detach() for t in make(shape, dtype=dtype, adapter_dtype=low))
+    options = (seed, SCALING, 0.0 if seed is None else 0.4, 3)
+    y, S = ops.lora_linear_forward(x, R, A, B, bias, *options, backend="")
+    assert S.shape == (x[..., 0].numel(), 4)
+    torch.library.opcheck(
+        ops.lora_linear_forward, (x, R, A, B, bias, *options), {"backend": ""}, test_utils=checks
+    )
+    torch.library.opcheck(
+        ops.lora_linear_backward,
+        (y, x, R, A, B, S, *options),
+        {"output_mask": [True] * 4, "backend": "reference"},
+        test_utils=checks,
+    )
+    _, dA, dB, _ = ops.lora_linear_backward(
+        y, x, R, A, B, S, *options, output_mask=[True] * 4, backend=""
+    )
+    assert (dA.shape, dB.shape) == ((3, 12), (10, 3))
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (
+            (torch.zeros(12, 4), torch.zeros(10, 4)),
+            r"A0 \(r0, 12\) and B0 \(10, r0\), got \(12, 4\)",
+        ),
+        ((torch.zeros(4, 12), torch.zeros(10, 5)), r"got \(4, 12\) and \(10, 5\)"),
+        ((torch.zeros(12), torch.zeros(10)), r"got \(12,\) and \(10,\)"),
+        ((torch.zeros(4, 12).half(), torch.zeros(10, 4)), "A's dtype and device, .*32 on cpu, got"),
+        ((torch.zeros(4, 12, device="meta"), torch.zeros(10, 4)), "on meta and .* on cpu: cast or"),
+        ((torch.nn.Parameter(torch.zeros(4, 12)), torch.zeros(10, 4)), "freeze it with A0"),
+    ],
+    ids=["transposed", "ranks", "vectors", "dtype", "device", "trained"],
+)
+def test_start_errors(start: tuple[Tensor, Tensor], message: str) -> None:
+    with pytest.raises(LoraInitError, match=message):
+        lora_linear(*make()[:4], start=start)
+
+
 # Dropout
 
 

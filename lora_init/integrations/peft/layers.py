@@ -125,6 +125,11 @@ def _why_not(module: LoraLinear, adapter: str) -> str | None:
         return f"adapter {merged} is merged into its base: call unmerge_adapter() first"
     if quantised and weight.is_floating_point():
         return f"its {type(weight).__name__} is not quantised yet: move the model to its device"
+    if quantised and getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        return (
+            "bitsandbytes packed its weight for the CPU when the model ran in eval mode, and cannot "
+            "train it any more: load the model again and initialise it first"
+        )
     if quantised:
         return None
     if type(here(weight)) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
@@ -189,11 +194,14 @@ def _sharing(model: nn.Module, found: Mapping[str, LoraLayer]) -> dict[str, str]
     return reasons
 
 
-def base_values(module: LoraLinear, weight: Any) -> Tensor:
-    """The values W (out, in) of a layer's (whole) base weight: a copy where it is quantised."""
-    if get_bnb_param_type(weight):
-        state = getattr(module.get_base_layer(), "state", None)  # an 8-bit weight's scales
-        return dequantize_bnb_weight(weight, state)
+def base_values(module: LoraLinear, weight: Tensor) -> Tensor:
+    """The values W (out, in) of a layer whose base weight, gathered, is `weight`; a copy where it
+    is quantised.
+    """
+    base = module.get_base_layer()
+    if get_bnb_param_type(base.weight):
+        # An 8-bit weight's scales are in the layer's state.
+        return dequantize_bnb_weight(base.weight, getattr(base, "state", None))
     return oriented(module, weight)
 
 

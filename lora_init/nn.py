@@ -1,0 +1,183 @@
+"""`LoRALinear`: an `nn.Linear` with LoRA for a trainer of one's own, without PEFT."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.factors import Factors, LoraInitError, exact_dtype
+from lora_init.ops.lora_linear import lora_linear
+
+
+class LoRALinear(nn.Module):
+    """y = x Wᵀ + s·drop(x) Aᵀ Bᵀ (+ bias) with W frozen, computed by the op `lora_linear`.
+
+    A starts as in PEFT (Kaiming uniform) and B at 0; `initialize` gives it the factors of a method:
+
+        layer = LoRALinear(linear, r=16, lora_alpha=32)
+        found = lora_init.approximate({"q_proj": linear.weight}, r=16, scaling=layer.scaling)
+        layer.initialize(found["q_proj"], residual="virtual")
+        model.q_proj = layer
+
+    The state dict has PEFT's names: `base_layer.weight` (out, in), `base_layer.bias` (out,),
+    `lora_A.default.weight` (r, in), `lora_B.default.weight` (out, r); with a virtual residual also
+    its start, `lora_A0` (r, in) and `lora_B0` (out, r), which loading brings along.
+
+    Attributes:
+        scaling: s = lora_alpha/r, or lora_alpha/√r with `use_rslora`.
+        merged: whether the update is in `base_layer.weight` at the moment.
+    """
+
+    lora_A0: Tensor | None
+    lora_B0: Tensor | None
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 8,
+        *,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        """
+        Args:
+            base_layer: kept, not copied; its weight (out, in) and bias are frozen.
+            r: rank of A (r, in) and B (out, r).
+            lora_dropout: probability that an element of x is dropped from the low-rank branch in
+                training, in [0, 1).
+            dtype: of A and B; that of the weight if None. fp32 beside a 16-bit weight trains more
+                stably.
+
+        Raises:
+            LoraInitError: base_layer is no nn.Linear, or a value is out of range.
+        """
+        super().__init__()
+        if not isinstance(base_layer, nn.Linear):
+            raise LoraInitError(f"base_layer must be an nn.Linear, got {type(base_layer).__name__}")
+        if r < 1 or not 0 <= lora_dropout < 1:
+            raise LoraInitError(
+                f"r must be ≥ 1 and lora_dropout in [0, 1), got r={r} and {lora_dropout}"
+            )
+        like: dict[str, Any] = {
+            "device": base_layer.weight.device,
+            "dtype": dtype or base_layer.weight.dtype,
+        }
+        self.base_layer = base_layer.requires_grad_(False)
+        A = nn.Linear(base_layer.in_features, r, bias=False, **like)
+        B = nn.Linear(r, base_layer.out_features, bias=False, **like)
+        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        nn.init.zeros_(B.weight)
+        self.lora_A, self.lora_B = nn.ModuleDict({"default": A}), nn.ModuleDict({"default": B})
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.lora_dropout = lora_dropout
+        self.merged = False
+        self.register_buffer("lora_A0", None)
+        self.register_buffer("lora_B0", None)
+
+    @property
+    def A(self) -> nn.Parameter:
+        """(r, in)."""
+        return cast("nn.Parameter", self.lora_A["default"].weight)
+
+    @property
+    def B(self) -> nn.Parameter:
+        """(out, r)."""
+        return cast("nn.Parameter", self.lora_B["default"].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) of the weight's dtype, or any under autocast. Returns (..., out)."""
+        if self.merged:
+            output: Tensor = self.base_layer(x)
+            return output
+        A0, B0 = self.lora_A0, self.lora_B0
+        return lora_linear(
+            x,
+            self.base_layer.weight,
+            self.A,
+            self.B,
+            self.scaling,
+            self.base_layer.bias,
+            self.lora_dropout if self.training else 0.0,
+            start=None if A0 is None or B0 is None else (A0, B0),
+        )
+
+    @torch.no_grad()
+    def initialize(
+        self, factors: Factors, residual: Literal["stored", "virtual"] = "stored"
+    ) -> None:
+        """Start from factors of W, such that the layer's output is W x still.
+
+        Args:
+            factors: A (r, in) and B (out, r) on any device; their scaling must be this layer's.
+            residual: "stored": the base weight becomes R = W − s·B₀A₀, rounded once. "virtual": it
+                stays, and s·B₀A₀ is subtracted in the forward pass; the start is exact.
+
+        Raises:
+            LoraInitError: the factors do not fit, or R does not fit its dtype, or the layer is
+                merged or has a virtual start already; nothing was changed.
+        """
+        if residual not in ("stored", "virtual"):
+            raise LoraInitError(f'residual must be "stored" or "virtual", got {residual!r}')
+        if self.merged:
+            raise LoraInitError("the layer is merged: call unmerge() first")
+        weight = self.base_layer.weight
+        stored = Factors(
+            factors.A.to(weight.device), factors.B.to(weight.device), factors.scaling
+        ).to(self.A.dtype, "layer")
+        stored.check_fits(weight)
+        if (stored.r, stored.scaling) != (self.A.shape[0], self.scaling):
+            raise LoraInitError(
+                f"the factors have r {stored.r} and scaling {stored.scaling}, the layer "
+                f"{self.A.shape[0]} and {self.scaling}: solve with those"
+            )
+        if residual == "virtual":
+            self.lora_A0, self.lora_B0 = stored.A.clone(), stored.B.clone()
+        else:
+            if self.lora_A0 is not None:
+                raise LoraInitError('the layer has a virtual start: pass residual="virtual" again')
+            weight.copy_(stored.residual(weight))
+        self.A.copy_(stored.A)
+        self.B.copy_(stored.B)
+
+    def merge(self) -> None:
+        """Put the update into the base weight, rounded once; from then on forward is that of the
+        base layer alone. Of no effect on a merged layer.
+        """
+        if not self.merged:
+            self._shift(1)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, but for the rounding of the weight."""
+        if self.merged:
+            self._shift(-1)
+
+    def extra_repr(self) -> str:
+        start = "" if self.lora_A0 is None else ", virtual residual"
+        return (
+            f"r={self.A.shape[0]}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
+            f"{start}"
+        )
+
+    @torch.no_grad()
+    def _shift(self, sign: int) -> None:
+        weight = self.base_layer.weight
+        wide = exact_dtype(weight)
+        delta = self.B.to(wide) @ self.A.to(wide)
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            delta -= self.lora_B0.to(wide) @ self.lora_A0.to(wide)
+        weight.copy_(weight + delta.mul_(sign * self.scaling))
+        self.merged = sign > 0
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A layer that is made anew has no start yet to load one into.
+        for name, like in (("lora_A0", self.A), ("lora_B0", self.B)):
+            if prefix + name in state_dict and getattr(self, name) is None:
+                setattr(self, name, torch.empty_like(like.detach()))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,8 +1,8 @@
 """`lora_linear` against fp64 autograd, PEFT and finite differences, and the mask against Philox."""
 
+import itertools
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_init import LoraInitError, backend, backends
 from lora_init.backends import reference
 from lora_init.ops.lora_linear import lora_linear
-from lora_init.ops.philox import keep_mask, philox4x32, uniform
+from lora_init.ops.philox import keep_mask, keep_rate, philox4x32, threshold
 
 fp64, fp32, fp16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 SCALING = 0.75
@@ -674,32 +674,40 @@ def test_philox_known_answers(counter: str, key: str, output: str) -> None:
     assert philox4x32(words(counter), words(key)) == words(output)
 
 
-def triton_rand(seed: int, offset: int) -> np.float32:
-    """`tl.rand` of triton 3.7.1 at a 64-bit offset, in Python integers."""
-    c, k = [offset & 0xFFFFFFFF, offset >> 32, 0, 0], [seed & 0xFFFFFFFF, seed >> 32]
+def sixteen_bits(seed: int, row: int, column: int) -> int:
+    """What decides on an element, as `ops.philox` words it, in Python integers."""
+    c = [column // 128 * 32 + column % 32, row // 16 * 8 + row % 8, 0, 0]
+    k = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(10):
         p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
         c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    word = np.uint32(c[0]).astype(np.int32)
-    return np.float32(word if word >= 0 else -word - 1) * np.float32(4.6566127342e-10)
+    return c[column // 32 % 4] >> 16 * (row // 8 % 2) & 0xFFFF
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**63 - 2])
-def test_uniform_is_that_of_triton(seed: int) -> None:
-    offsets = [0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 3]
-    got = uniform(torch.tensor([seed]), torch.tensor(offsets))
-    assert got.dtype == fp32
-    assert got.tolist() == [float(triton_rand(seed, offset)) for offset in offsets]
+def test_mask_is_that_of_its_definition(seed: int) -> None:
+    rows, columns = (0, 1, 7, 8, 15, 16, 99), (0, 1, 31, 32, 127, 128, 399)
+    mask = keep_mask(torch.tensor([seed]), 100, 400, 0.3)
+    for row, column in itertools.product(rows, columns):
+        assert mask[row, column] == (sixteen_bits(seed, row, column) >= threshold(0.3))
 
 
-def test_mask_depends_on_seed_and_offset_alone() -> None:
+def test_mask_depends_on_seed_and_place_alone() -> None:
     seed = torch.tensor([11])
-    mask = keep_mask(seed, 70, 1000, 0.7)  # more than one block
-    assert torch.equal(mask, keep_mask(seed, 700, 100, 0.7).view(70, 1000))
-    assert torch.equal(mask, uniform(seed, torch.arange(70_000)).view(70, 1000) >= 0.7)
+    mask = keep_mask(seed, 70, 1000, 0.7)
+    assert torch.equal(mask[:33, :100], keep_mask(seed, 33, 100, 0.7))
+    assert torch.equal(mask[0], keep_mask(seed, 1, 1000, 0.7)[0])
     assert not torch.equal(mask, keep_mask(seed + 1, 70, 1000, 0.7))
     assert keep_mask(seed, 0, 5, 0.5).shape == (0, 5)
+
+
+def test_mask_at_the_ends_of_p() -> None:
+    seed = torch.tensor([5])
+    assert keep_mask(seed, 300, 300, 1e-9).all()
+    assert keep_rate(1e-9) == keep_rate(0) == 1
+    assert keep_rate(0.1) == pytest.approx(0.9, abs=1e-5)
+    assert keep_rate(1 - 1e-9) == 2**-16  # nothing is divided by 0
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
@@ -708,7 +716,9 @@ def test_mask_rate_and_independence(p: float) -> None:
     deviation = (p * (1 - p)) ** 0.5
     assert abs(mask.mean() - (1 - p)) < 4 * deviation / mask.numel() ** 0.5
     z = (mask - (1 - p)) / deviation
-    for shifted in (z[1:] * z[:-1], z[:, 1:] * z[:, :-1]):  # neighbouring rows, columns
+    # Neighbouring rows and columns, and those that share a call of Philox.
+    pairs = [z[n:] * z[:-n] for n in (1, 8)] + [z[:, n:] * z[:, :-n] for n in (1, 32, 64, 96)]
+    for shifted in pairs:
         assert abs(shifted.mean()) < 4 / shifted.numel() ** 0.5
     rows, columns = z.sum(1) / 500**0.5, z.sum(0) / 400**0.5  # standard normal if independent
     assert abs(rows.var() - 1) < 0.4
@@ -722,7 +732,7 @@ def test_one_mask_in_forward_dx_and_dA() -> None:
     x = (2.0 ** torch.arange(columns)).repeat(rows, 1).to(fp64).requires_grad_()
     R, A = torch.zeros(1, columns, dtype=fp64), torch.ones(1, columns, dtype=fp64)
     A.requires_grad_()
-    y = lora_linear(x, R, A, torch.ones(1, 1, dtype=fp64), 1 - p, dropout_p=p)  # 1/(1−p) cancels
+    y = lora_linear(x, R, A, torch.ones(1, 1, dtype=fp64), keep_rate(p), dropout_p=p)  # cancels
     forward = (y.detach().round().long() >> torch.arange(columns)) & 1  # x holds powers of two
     weights = 2.0 ** torch.arange(rows, dtype=fp64)  # and so does dy
     dx, dA = torch.autograd.grad(y, (x, A), weights[:, None])
@@ -743,7 +753,7 @@ def test_dropout_matches_the_masked_expression() -> None:
     got = run(lambda *t: lora_linear(*t, dropout_p=p), *tensors)
     torch.manual_seed(8)
     seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
-    mask = keep_mask(seed, 6, 12, p).view(2, 3, 12) / (1 - p)
+    mask = keep_mask(seed, 6, 12, p).view(2, 3, 12) / keep_rate(p)
 
     def masked(x: Tensor, R: Tensor, A: Tensor, B: Tensor, s: float, bias: Tensor) -> Tensor:
         return linear(x, R, bias) + s * linear(linear(x * mask, A), B)

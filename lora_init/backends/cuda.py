@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_init import native
-from lora_init.ops.philox import keep_mask
+from lora_init.ops.philox import keep_mask, keep_rate
 
 NAME = "cuda"
 PRIORITY = 20
@@ -56,7 +56,7 @@ def lora_linear_forward(
     dropout_p: float,
     trained: int,
 ) -> tuple[Tensor, Tensor]:
-    S = (_dropped(x, seed, dropout_p) @ A.T).mul_(scaling / (1 - dropout_p))
+    S = (_dropped(x, seed, dropout_p) @ A.T).mul_(scaling / keep_rate(dropout_p))
     return _matmul(x, R, S, B, bias), S
 
 
@@ -76,7 +76,7 @@ def lora_linear_backward(
     need_x, need_A, need_B, need_bias = output_mask
     dx = dA = dB = None
     if need_x or need_A:
-        dS = (dy @ B).mul_(scaling / (1 - dropout_p))
+        dS = (dy @ B).mul_(scaling / keep_rate(dropout_p))
         if need_x and seed is None:
             dx = _matmul(dy, R, dS, A, transposed=True)
         elif need_x:

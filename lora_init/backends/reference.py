@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_init.ops.descend import DescentState
 from lora_init.ops.dual_project import Precision, product_dtype
-from lora_init.ops.philox import keep_mask
+from lora_init.ops.philox import keep_mask, keep_rate
 from lora_init.parallel import Map, map_nested
 
 NAME = "reference"
@@ -96,7 +96,7 @@ def lora_linear_forward(
     keep = None if seed is None else keep_mask(seed, x.shape[0], x.shape[1], dropout_p)
     dropped = _dropped(x.to(A.dtype), keep)
     # 1/(1−p) goes into s: scaling x by it would round a 16-bit x once more.
-    scale = scaling / (1 - dropout_p)
+    scale = scaling / keep_rate(dropout_p)
     factors = _trained_and_start(A, B, trained)
     parts = [(dropped @ a.T).mul_(scale) for a, _ in factors]
     y = torch.nn.functional.linear(x, R, bias)
@@ -120,7 +120,7 @@ def lora_linear_backward(
     need_x, need_A, need_B, need_bias = output_mask
     dx = dA = dB = None
     if need_x or need_A:
-        scale = scaling / (1 - dropout_p)
+        scale = scaling / keep_rate(dropout_p)
         factors = _trained_and_start(A, B, trained)[: None if need_x else 1]
         parts = [(dy.to(A.dtype) @ b).mul_(scale) for _, b in factors]
         keep = None if seed is None else keep_mask(seed, dy.shape[0], A.shape[1], dropout_p)

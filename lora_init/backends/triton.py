@@ -24,7 +24,7 @@ NAME = "triton"
 PRIORITY = 10
 VERIFIED: tuple[str, ...] = ()
 
-_OPS = ("dual_project", "descend")
+_OPS = ("dual_project", "descend", "lora_linear")
 _OLDEST = (3, 3)
 
 
@@ -45,6 +45,8 @@ def why_unsupported(op: str, *args: Any) -> str | None:
             return f"computes in float32, bfloat16 and float16, not {str(dtype)[6:]}"
     if op == "descend" and not all(_contiguous_fp32(state) for state in args[1:2]):
         return "descends contiguous float32 factors and moments"
+    if op == "lora_linear" and (reason := _why_not_dtypes(*args[:3])):
+        return reason
     for device in {t.device for t in tensors}:
         if reason := _why_not_on(device):
             return reason
@@ -72,6 +74,18 @@ def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
     )
 
 
+def lora_linear_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(x):
+        y, S = _kernels("lora_linear").forward(x, *args)
+    return y, S
+
+
+def lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    with torch.cuda.device_of(dy):
+        dx, dA, dB, dbias = _kernels("lora_linear").backward(dy, *args)
+    return dx, dA, dB, dbias
+
+
 def _kernels(op: str) -> Any:
     return importlib.import_module(f"lora_init.triton_kernels.{op}")
 
@@ -89,6 +103,16 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
 def _contiguous_fp32(state: DescentState) -> bool:
     tensors = [*state.params, *(t for pair in state.moments for t in pair)]
     return all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+
+def _why_not_dtypes(*operands: Tensor) -> str | None:
+    """Of x, R, A where they are known."""
+    if len(operands) < 3 or operands[0].dtype == operands[2].dtype:
+        return None
+    if operands[2].dtype == torch.float32:
+        return None
+    x, A = (str(operands[i].dtype)[6:] for i in (0, 2))
+    return f"adapts {x} by {x} or float32 factors, not by {A} ones"
 
 
 def _why_not_on(device: torch.device) -> str | None:

@@ -1,18 +1,17 @@
 """Philox4x32-10 in torch: the dropout mask of `lora_linear`, made again from a seed, never stored.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), and `tl.rand` of
-Triton for how a word becomes a uniform number. A kernel draws the same mask, bit for bit, when it
-computes for element (row, column) of a (rows, columns) tensor
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). One call gives four
+32-bit words, so eight elements take 16 bits each: a call for each element would take a GPU longer
+than reading x does. Element (row, column) has
 
-    offset  = row·columns + column                     (64 bits)
-    counter = (low 32 bits of offset, high 32 bits of offset, 0, 0)
+    counter = (column // 128 · 32 + column % 32, row // 16 · 8 + row % 8, 0, 0)
     key     = (low 32 bits of seed, high 32 bits of seed)
-    w       = first output word; if w ≥ 2³¹ then w := 2³² − 1 − w, so that 0 ≤ w < 2³¹
-    uniform = fp32(w) · fp32(4.6566127342e-10)         in [0, 1)
-    keep    = uniform ≥ fp32(p)
+    bits    = half row // 8 % 2 (0: low) of output word column // 32 % 4
+    keep    = bits ≥ `threshold(p)`
 
-That is `tl.rand(seed, offset)`, with one trap: at 64-bit offsets triton 3.3 goes over to Philox4x64
-and 3.7 does not. `tl.philox(seed, low, high, 0, 0)` on uint32 words is the same in both.
+The eight are apart by 32, 64 and 96 columns and by 8 rows, since those lie in the same thread of a
+tensor core's accumulators: a kernel spreads the words over a tile without moving any. They depend
+on neither the rows nor the columns there are.
 """
 
 from __future__ import annotations
@@ -21,39 +20,51 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+_LEVELS = 1 << 16
 # The published multipliers less 2³²: their products with a word fit int64 (2³¹·2³²), those of the
 # multipliers themselves do not, and the high word of the real product is just the word more.
 _MULTIPLIERS = (0xD2511F53 - (1 << 32), 0xCD9E8D57 - (1 << 32))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-# tl.rand's: the largest fp32 number that keeps (2³¹ − 1)·scale below 1.
-_UNIFORM_SCALE = 4.6566127342e-10
+
+
+def threshold(p: float) -> int:
+    """The smallest 16 bits that are kept when p, in [0, 1), of all are dropped."""
+    return min(round(p * _LEVELS), _LEVELS - 1)
+
+
+def keep_rate(p: float) -> float:
+    """How probable it is that an element is kept: 1 − p, rounded to a multiple of 2⁻¹⁶. What is
+    kept is divided by this, so that its mean is exact.
+    """
+    return 1 - threshold(p) / _LEVELS
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """Which elements of a (rows, columns) tensor dropout keeps: bool, on the seed's device.
 
-    Each is False with probability p and depends on (seed, row·columns + column) alone.
+    Each is True with probability `keep_rate(p)` and depends on seed, row and column alone.
 
     Args:
         seed: (1,) int64, not negative.
-        p: in [0, 1), rounded to fp32.
+        p: in [0, 1).
     """
-    keep = torch.empty(rows * columns, dtype=torch.bool, device=seed.device)
+    row_groups, column_groups = -(-rows // 16), -(-columns // 128)
+    keep = torch.empty(row_groups * 16, column_groups * 128, dtype=torch.bool, device=seed.device)
+    least, device = threshold(p), seed.device
+    column_counter = torch.arange(column_groups * 32, dtype=torch.int64, device=device)
+    zero, key = torch.zeros_like(seed), (seed & _WORD, seed >> 32)
     # Ten rounds of a dozen int64 operations, in blocks so that scratch is bounded: small ones on a
-    # CPU, to stay in cache (24 ns an element, 56 at 2¹⁸), large ones where each is a launch.
-    block = 1 << (16 if seed.device.type == "cpu" else 22)
-    for start in range(0, keep.numel(), block):
-        stop = min(start + block, keep.numel())
-        offsets = torch.arange(start, stop, dtype=torch.int64, device=seed.device)
-        torch.ge(uniform(seed, offsets), p, out=keep[start:stop])
-    return keep.view(rows, columns)
-
-
-def uniform(seed: Tensor, offsets: Tensor) -> Tensor:
-    """fp32 numbers in [0, 1), one for each of the int64 `offsets`: `tl.rand(seed, offsets)`."""
-    zero = torch.zeros_like(seed)
-    word = philox4x32((offsets & _WORD, offsets >> 32, zero, zero), (seed & _WORD, seed >> 32))[0]
-    return torch.minimum(word, _WORD - word).to(torch.float32) * _UNIFORM_SCALE
+    # CPU, to stay in cache, large ones where each is a launch.
+    step = max(1, (1 << (13 if device.type == "cpu" else 19)) // max(1, column_groups * 256))
+    for first in range(0, row_groups, step):
+        last = min(first + step, row_groups)
+        row_counter = torch.arange(first * 8, last * 8, dtype=torch.int64, device=device)[:, None]
+        words = torch.stack(philox4x32((column_counter, row_counter, zero, zero), key))
+        bits = torch.stack((words & (_LEVELS - 1), words >> 16))  # half, word, row, column
+        bits = bits.view(2, 4, last - first, 8, column_groups, 32).permute(2, 0, 3, 4, 1, 5)
+        block = keep[first * 16 : last * 16].view(bits.shape)
+        torch.ge(bits, least, out=block)
+    return keep[:rows, :columns]
 
 
 def philox4x32(

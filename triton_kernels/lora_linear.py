@@ -1,0 +1,906 @@
+"""`lora_linear`: two launches forward, four backward, no float atomics.
+
+Forward   1. `project`           S = c·drop(X) Aᵀ               one read of X
+          2. `adapted_matmul`    Y = X Rᵀ + S Bᵀ (+ bias)      the frozen product, a longer K
+Backward  1. `project_both`      dS = c·dY B, dB = dYᵀ S, dbias  one read of dY
+          2. `project_columns`   dA = dSᵀ drop(X)               one read of X
+          3. `adapted_matmul`    dX = dY R + drop(dS A)
+          4. `sum_gradients`     dA, dB and dbias from their partials, in a fixed order
+
+with c = s/(1−p). Whatever is not asked for is not computed. The low-rank side of a product is
+padded to 16, 32 or 64 ranks in registers; what is beyond 64 takes further goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_init.ops.philox import keep_rate, threshold
+from lora_init.triton_kernels import common
+from lora_init.triton_kernels.common import Tile
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # triton 3.3
+    TensorDescriptor = None
+
+_INTERPRETED = tl.constexpr(common.INTERPRETED)
+_SPAN = 64
+"""Columns that one program of `sum_gradients` sums."""
+_SMS = 132
+"""Programs aimed at: not the device's own number, so that splits depend on the shape alone."""
+# The number of tokens changes from call to call: no kernel is compiled anew for it.
+_UNSPECIALIZED = ("M", "block", "least", "a_count", "b_count", "a_programs", "b_programs")
+
+
+@triton.jit
+def _round(value, dtype: tl.constexpr):
+    """fp32 to nearest; the interpreter would cut bf16 off."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & -0x10000).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
+def _kept(word, half: tl.constexpr, least):
+    """Which of the elements that one half of a word decides are kept."""
+    bits = word >> 16 if half == 1 else word & 0xFFFF
+    return bits >= least.to(tl.uint32)
+
+
+@triton.jit
+def _keep(seed, row0, column0, least, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The dropout mask of a tile that begins at multiples of 16 and 128; see `ops.philox`."""
+    row = row0 // 2 + tl.arange(0, ROWS // 2)
+    column = column0 // 4 + tl.arange(0, COLUMNS // 4)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), column[None, :], row[:, None], 0, 0)
+    low = tl.join(tl.join(_kept(w0, 0, least), _kept(w2, 0, least)),
+                  tl.join(_kept(w1, 0, least), _kept(w3, 0, least)))  # fmt: skip
+    high = tl.join(tl.join(_kept(w0, 1, least), _kept(w2, 1, least)),
+                   tl.join(_kept(w1, 1, least), _kept(w3, 1, least)))  # fmt: skip
+    # (…, word // 2, word % 2, half): each join adds the last axis.
+    keep = tl.reshape(tl.join(low, high), [ROWS // 16, 8, COLUMNS // 128, 32, 4, 2])
+    return tl.reshape(tl.permute(keep, [0, 5, 1, 2, 4, 3]), [ROWS, COLUMNS])
+
+
+@triton.jit
+def _tile(base, rows, columns, stride, row_end, column_end):
+    mask = (rows < row_end)[:, None] & (columns < column_end)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def project(
+    x,
+    a,
+    seed,
+    target,
+    M,
+    K,
+    ranks,
+    x_stride,
+    scale,
+    least,
+    compute: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    R: tl.constexpr,
+    TM: tl.constexpr,
+    TK: tl.constexpr,
+):
+    """target = scale·drop(x) aᵀ.
+
+    Args:
+        x: (M, K), rows x_stride apart.
+        a: (ranks, K), contiguous.
+        seed, least: of the mask; see `ops.philox`.
+        target: (M, ranks), contiguous, a's dtype.
+        compute: what operands are multiplied in.
+    """
+    row_tiles = tl.cdiv(M, TM)
+    row0 = tl.program_id(0) % row_tiles * TM
+    rank = tl.program_id(0) // row_tiles * R + tl.arange(0, R)
+    rows = row0 + tl.arange(0, TM)
+    total = tl.zeros([R, TM], tl.float32)
+    for k0 in range(0, K, TK):
+        k = k0 + tl.arange(0, TK)
+        factor = _tile(a, rank, k, K, ranks, K).to(compute)
+        part = _tile(x, rows, k, x_stride, M, K)
+        if DROPOUT:
+            part = tl.where(_keep(seed, row0, k0, least, TM, TK), part, 0.0)
+        total = tl.dot(factor, tl.trans(part.to(compute)), total, input_precision="ieee")
+    _store_projection(target, tl.trans(total), rows, rank, M, ranks, scale)
+
+
+@triton.jit
+def _store_projection(target, value, rows, rank, M, ranks, scale):
+    place = target + rows.to(tl.int64)[:, None] * ranks + rank[None, :]
+    value = _round(value * scale, target.dtype.element_ty)
+    tl.store(place, value, mask=(rows < M)[:, None] & (rank < ranks)[None, :])
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def project_both(
+    dy,
+    b,
+    s,
+    ds,
+    db,
+    M,
+    N,
+    ranks,
+    trained,
+    dy_stride,
+    block,
+    scale,
+    compute: tl.constexpr,
+    DS: tl.constexpr,
+    DB: tl.constexpr,
+    BIAS: tl.constexpr,
+    FLAT: tl.constexpr,
+    R: tl.constexpr,
+    TM: tl.constexpr,
+    TN: tl.constexpr,
+):
+    """Partials of dS = scale·dy b and of dbᵀ = sᵀ dy, and of dy's sum over rows as a rank of ones.
+
+    Args:
+        dy: (M, N), rows dy_stride apart.
+        b: (N, ranks), contiguous.
+        s: (M, ranks), contiguous, of which the first `trained` columns count.
+        ds: (column blocks, M, ranks), b's dtype.
+        db: fp32 (row blocks, trained + BIAS, N).
+        block: columns that one program reads, a multiple of TN.
+    """
+    row_blocks = tl.cdiv(M, TM)
+    column_blocks = tl.cdiv(N, block)
+    row_block = tl.program_id(0) % row_blocks
+    column_block = tl.program_id(0) // row_blocks % column_blocks
+    rank = tl.program_id(0) // (row_blocks * column_blocks) * R + tl.arange(0, R)
+    row0 = row_block * TM
+    begin = tl.multiple_of(column_block * block, TN)
+    rows = row0 + tl.arange(0, TM)
+    total = tl.zeros([TM, R], tl.float32)
+    known = tl.zeros([TM, R], compute)
+    width = trained
+    if DB:
+        known = _tile(s, rows, rank, ranks, M, trained).to(compute)
+    if BIAS:
+        width += 1
+        known = tl.where((rank == trained)[None, :], 1.0, known).to(compute)
+    for column0 in range(begin, tl.minimum(begin + block, N), TN):
+        columns = column0 + tl.arange(0, TN)
+        part = _tile(dy, rows, columns, dy_stride, M, N).to(compute)
+        if DS:
+            factor = _tile(b, columns, rank, ranks, N, ranks).to(compute)
+            total = tl.dot(part, factor, total, input_precision="ieee")
+        if DB or BIAS:
+            if FLAT:
+                product = tl.dot(tl.trans(known), part, input_precision="ieee")
+            else:
+                product = tl.trans(tl.dot(tl.trans(part), known, input_precision="ieee"))
+            place = db + (row_block * width + rank).to(tl.int64)[:, None] * N
+            inside = (columns < N)[None, :] & (rank < width)[:, None]
+            tl.store(place + columns[None, :], product, mask=inside)
+    if DS:
+        own = ds + column_block.to(tl.int64) * M * ranks
+        _store_projection(own, total, rows, rank, M, ranks, scale)
+
+
+@triton.jit
+def _projected(ds, rows, rank, M, ranks, last, PARTIALS: tl.constexpr):
+    """(rows, ranks) of a projection: the sum of its partials in order, ranks up to `last`."""
+    total = _tile(ds, rows, rank, ranks, M, last)
+    if PARTIALS > 1:
+        total = total.to(tl.float32)
+        for partial in tl.static_range(1, PARTIALS):
+            own = ds + partial * M.to(tl.int64) * ranks
+            total += _tile(own, rows, rank, ranks, M, last).to(tl.float32)
+        total = _round(total, ds.dtype.element_ty)
+    return total
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def project_columns(
+    ds,
+    x,
+    seed,
+    da,
+    M,
+    K,
+    ranks,
+    trained,
+    x_stride,
+    block,
+    least,
+    compute: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    R: tl.constexpr,
+    TM: tl.constexpr,
+    TK: tl.constexpr,
+):
+    """Partials of dA = dsᵀ drop(x).
+
+    Args:
+        ds: (PARTIALS, M, ranks), contiguous, of which the first `trained` columns count.
+        x: (M, K), rows x_stride apart.
+        da: fp32 (row blocks, trained, K).
+        block: rows that one program reads, a multiple of TM.
+    """
+    column_tiles = tl.cdiv(K, TK)
+    row_blocks = tl.cdiv(M, block)
+    row_block = tl.program_id(0) // column_tiles % row_blocks
+    rank = tl.program_id(0) // (column_tiles * row_blocks) * R + tl.arange(0, R)
+    column0 = tl.program_id(0) % column_tiles * TK
+    begin = row_block * block
+    end = tl.minimum(begin + block, M)
+    own = da + (row_block * trained + rank).to(tl.int64)[:, None] * K
+    k = column0 + tl.arange(0, TK)
+    total = tl.zeros([R, TK], tl.float32)
+    for row0 in range(begin, end, TM):
+        rows = row0 + tl.arange(0, TM)
+        left = _projected(ds, rows, rank, M, ranks, trained, PARTIALS).to(compute)
+        part = _tile(x, rows, k, x_stride, end, K)
+        if DROPOUT:
+            part = tl.where(_keep(seed, row0, column0, least, TM, TK), part, 0.0)
+        total = tl.dot(tl.trans(left), part.to(compute), total, input_precision="ieee")
+    tl.store(own + k[None, :], total, mask=(rank < trained)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _low_rank(
+    left,
+    right,
+    acc,
+    low: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """acc + left right for (rows, R) and (R, columns); fp32 factors of a 16-bit product as two
+    bf16 parts each, of which the product of the low ones is left out (2⁻¹⁶).
+    """
+    if SPLIT:
+        left_high = _round(left, tl.bfloat16)
+        right_high = _round(right, tl.bfloat16)
+        left_low = _round(left - left_high.to(tl.float32), tl.bfloat16).to(low)
+        right_low = _round(right - right_high.to(tl.float32), tl.bfloat16).to(low)
+        acc = tl.dot(left_low, right_high.to(low), acc, input_precision="ieee")
+        acc = tl.dot(left_high.to(low), right_low, acc, input_precision="ieee")
+        return tl.dot(left_high.to(low), right_high.to(low), acc, input_precision="ieee")
+    return tl.dot(left.to(low), right.to(low), acc, input_precision="ieee")
+
+
+@triton.jit
+def _low_right(right, columns, rank, N, ranks, last, TRANSPOSED: tl.constexpr):
+    """(R, columns) of B ᵀ, from (N, ranks), or of A, from (ranks, N)."""
+    if TRANSPOSED:
+        place = columns.to(tl.int64)[None, :] * ranks + rank[:, None]
+    else:
+        place = rank.to(tl.int64)[:, None] * N + columns[None, :]
+    inside = (columns < N)[None, :] & (rank < last)[:, None]
+    return tl.load(right + place, inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def adapted_matmul(
+    x,
+    r,
+    y,
+    left,
+    right,
+    bias,
+    seed,
+    M,
+    N,
+    K,
+    ranks,
+    trained,
+    x_stride,
+    r_stride,
+    least,
+    compute: tl.constexpr,
+    low: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HALVES: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    TMA: tl.constexpr,
+    R: tl.constexpr,
+    TM: tl.constexpr,
+    TN: tl.constexpr,
+    TK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    SPLIT_STORE: tl.constexpr,
+):
+    """y = x r + drop(Σ left · right) + bias, both products in the same accumulators.
+
+    The low-rank product comes first where it alone is masked, and where its two halves have to
+    cancel: their difference is formed before anything is added to it.
+
+    Args:
+        x: (M, K), rows x_stride apart.
+        r: (N, K) if TRANSPOSED, else (K, N), rows r_stride apart.
+        y: (M, N), contiguous.
+        left: (PARTIALS, M, ranks), contiguous.
+        right: (N, ranks) if TRANSPOSED, else (ranks, N), contiguous.
+        low: what the low-rank operands are multiplied in.
+        HALVES: ranks = 2·trained, and the second half has the negatives of what the first half
+            started from.
+        GROUP: tiles of rows that share the columns' operand while it is in the L2.
+    """
+    row_tiles = tl.cdiv(M, TM)
+    column_tiles = tl.cdiv(N, TN)
+    tiles = row_tiles * column_tiles
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        first = tile // (GROUP * column_tiles) * GROUP
+        group = tl.minimum(row_tiles - first, GROUP)
+        row0 = (first + tile % group) * TM
+        column0 = tile % (GROUP * column_tiles) // group * TN
+        rows = row0 + tl.arange(0, TM)
+        columns = column0 + tl.arange(0, TN)
+        acc = tl.zeros([TM, TN], tl.float32)
+        if DROPOUT or HALVES:
+            end = ranks
+            if HALVES:
+                end = trained
+            for rank0 in tl.range(0, end, R, num_stages=1):
+                rank = rank0 + tl.arange(0, R)
+                some = _projected(left, rows, rank, M, ranks, end, PARTIALS)
+                other = _low_right(right, columns, rank, N, ranks, end, TRANSPOSED)
+                acc = _low_rank(some, other, acc, low, SPLIT)
+            if HALVES:
+                start = tl.zeros([TM, TN], tl.float32)
+                for rank0 in tl.range(trained, ranks, R, num_stages=1):
+                    rank = rank0 + tl.arange(0, R)
+                    some = _projected(left, rows, rank, M, ranks, ranks, PARTIALS)
+                    other = _low_right(right, columns, rank, N, ranks, ranks, TRANSPOSED)
+                    start = _low_rank(some, other, start, low, SPLIT)
+                acc += start
+            if DROPOUT:
+                acc = tl.where(_keep(seed, row0, column0, least, TM, TN), acc, 0.0)
+        elif EARLY:
+            rank = tl.arange(0, R)
+            some = _projected(left, rows, rank, M, ranks, ranks, PARTIALS)
+            other = _low_right(right, columns, rank, N, ranks, ranks, TRANSPOSED)
+        for k0 in range(0, K, TK):
+            if TMA:
+                part = x.load([row0, k0])
+                frozen = r.load([column0, k0]).T if TRANSPOSED else r.load([k0, column0])
+            else:
+                k = k0 + tl.arange(0, TK)
+                part = _tile(x, rows, k, x_stride, M, K)
+                if TRANSPOSED:
+                    frozen = _tile(r, columns, k, r_stride, N, K).T
+                else:
+                    frozen = _tile(r, k, columns, r_stride, K, N)
+            acc = tl.dot(part.to(compute), frozen.to(compute), acc, input_precision="ieee")
+        if EARLY and not (DROPOUT or HALVES):
+            acc = _low_rank(some, other, acc, low, SPLIT)
+        elif not (DROPOUT or HALVES):
+            for rank0 in tl.range(0, ranks, R, num_stages=1):
+                rank = rank0 + tl.arange(0, R)
+                some = _projected(left, rows, rank, M, ranks, ranks, PARTIALS)
+                other = _low_right(right, columns, rank, N, ranks, ranks, TRANSPOSED)
+                acc = _low_rank(some, other, acc, low, SPLIT)
+        if BIAS:
+            acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        if TMA and SPLIT_STORE:
+            half = tl.permute(tl.reshape(acc, [TM, 2, TN // 2]), [0, 2, 1])
+            left_half, right_half = tl.split(half)
+            y.store([row0, column0], _round(left_half, y.dtype))
+            y.store([row0, column0 + TN // 2], _round(right_half, y.dtype))
+        elif TMA:
+            y.store([row0, column0], _round(acc, y.dtype))
+        else:
+            place = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
+            inside = (rows < M)[:, None] & (columns < N)[None, :]
+            tl.store(place, _round(acc, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def sum_gradients(
+    a_partials,
+    b_partials,
+    da,
+    db,
+    dbias,
+    K,
+    N,
+    trained,
+    a_count,
+    b_count,
+    a_programs,
+    b_programs,
+    DB: tl.constexpr,
+    BIAS: tl.constexpr,
+    R: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """dA, dB and dbias from their partials, first to last.
+
+    Args:
+        a_partials: fp32 (a_count, trained, K).
+        b_partials: fp32 (b_count, trained + BIAS, N).
+        da: (trained, K), contiguous.
+        db: (N, trained), contiguous; not written unless DB.
+        dbias: (N,).
+        a_programs, b_programs: how many sum da, and db and dbias, for R ranks.
+    """
+    spans = a_programs + b_programs
+    rank = tl.program_id(0) // spans * R + tl.arange(0, R)
+    span = tl.program_id(0) % spans
+    if span < a_programs:
+        columns = span * SPAN + tl.arange(0, SPAN)
+        total = _sum(a_partials, a_count, trained, K, rank, columns)
+        inside = (rank < trained)[:, None] & (columns < K)[None, :]
+        place = da + rank.to(tl.int64)[:, None] * K + columns[None, :]
+        tl.store(place, _round(total, da.dtype.element_ty), mask=inside)
+    else:
+        columns = (span - a_programs) * SPAN + tl.arange(0, SPAN)
+        width = trained
+        if BIAS:
+            width += 1
+        total = _sum(b_partials, b_count, width, N, rank, columns)
+        if DB:
+            inside = (rank < trained)[:, None] & (columns < N)[None, :]
+            place = db + columns.to(tl.int64)[None, :] * trained + rank[:, None]
+            tl.store(place, _round(total, db.dtype.element_ty), mask=inside)
+        if BIAS:
+            inside = (rank == trained)[:, None] & (columns < N)[None, :]
+            place = dbias + columns[None, :] + rank[:, None] * 0
+            tl.store(place, _round(total, dbias.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum(partials, count, ranks, size, rank, columns):
+    place = partials + rank.to(tl.int64)[:, None] * size + columns[None, :]
+    inside = (rank < ranks)[:, None] & (columns < size)[None, :]
+    step = ranks.to(tl.int64) * size
+    total = tl.zeros([rank.shape[0], columns.shape[0]], tl.float32)
+    for partial in range(0, count, 4):
+        for more in tl.static_range(4):  # four loads in flight
+            mask = inside & (partial + more < count)
+            total += tl.load(place + (partial + more) * step, mask=mask, other=0.0)
+    return total
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A tile of `adapted_matmul`, rows × columns × depth, and how its programs are run."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 8
+    """Tiles of rows that share an operand while it is in the L2."""
+    blocks: int = 1
+    """Programs for each SM."""
+    early: bool = True
+    flatten: bool = False
+    split_store: bool = False
+
+    def options(self) -> dict[str, int]:
+        """How the kernel is compiled and launched."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a call is run: a tile for each kernel."""
+
+    forward: Matmul
+    backward: Matmul
+    project: Tile
+    both: Tile
+    columns: Tile
+
+
+def schedule(
+    rows: int, dtypes: tuple[torch.dtype, torch.dtype], first: bool, capability: tuple[int, int]
+) -> Schedule:
+    """By the rows' order of magnitude, the dtypes and the GPU alone: nothing is timed at run time.
+
+    Args:
+        rows: M.
+        dtypes: of x and of A.
+        first: the low-rank product comes first in dX, see `adapted_matmul`.
+    """
+    if dtypes[0] == torch.float32:
+        forward = backward = _MATMUL_FP32
+    else:
+        forward, *backwards = _MATMUL.get(capability, _MATMUL_SAFE)
+        backward = backwards[first]
+    if torch.float32 in dtypes:
+        return Schedule(forward, backward, _SKINNY_FP32, _SKINNY_FP32, _SKINNY_FP32)
+    # As many programs as there are SMs from 2,048 rows on.
+    height = next((n for n in (64, 32) if rows >= 100 * n), 16)
+    project = Tile(max(height, 32), 128, 8, 4)
+    return Schedule(forward, backward, project, Tile(4 * height, 64, 8, 3), Tile(64, 256, 8, 3))
+
+
+# Forward, dX, and dX with the low-rank product first. None has been timed yet.
+_MATMUL = {
+    (9, 0): (
+        Matmul(128, 256, 64, 8, 3, split_store=True),
+        Matmul(128, 256, 64, 8, 3, split_store=True),
+        Matmul(128, 128, 64, 8, 3, blocks=2, split_store=True),
+    ),
+    (10, 0): (Matmul(128, 128, 64, 8, 3),) * 3,
+}
+_MATMUL_SAFE = (Matmul(128, 128, 32, 8, 3),) * 3
+_MATMUL_FP32 = Matmul(64, 64, 16, 8, 2)
+_SKINNY_FP32 = Tile(32, 128, 8, 2)
+
+
+def forward(
+    x: Tensor,
+    R: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    trained: int,
+) -> tuple[Tensor, Tensor]:
+    """y = x Rᵀ + S Bᵀ (+ bias), (M, out) in x's dtype, and S = c·drop(x) Aᵀ, (M, r) in A's.
+
+    Args:
+        x: (M, in), any strides.
+        R: (out, in). A: (r, in). B: (out, r). bias: (out,).
+        seed: (1,) int64 on the device if there is dropout.
+        trained: r, or r/2 where the second halves of A and B have to cancel the first ones as long
+            as these are not trained.
+    """
+    x, R = _matrix(x), _matrix(R)
+    (M, _), N, ranks = x.shape, R.shape[0], A.shape[0]
+    y = common.scratch(M * N, x.dtype, x.device).view(M, N)
+    S = common.scratch(M * ranks, A.dtype, x.device).view(M, ranks)
+    if M:
+        plan = _schedule(x, A, first=ranks > trained)
+        scale = scaling / keep_rate(dropout_p)
+        _project(x, A.contiguous(), S, seed, dropout_p, scale, plan.project)
+        tile = plan.backward if ranks > trained else plan.forward
+        _matmul(x, R, y, S[None], B.contiguous(), bias, None, 0.0, trained, True, tile)
+    return y, S
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    R: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    trained: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB, dbias), each None unless `output_mask` asks for it; dA is (trained, in), dB
+    (out, trained).
+
+    Args:
+        dy: (M, out), any strides.
+        x: (M, in), any strides; needed for dA. S: as `forward` gave it; needed for dB.
+    """
+    need_x, need_A, need_B, need_bias = output_mask
+    dy, R = _matrix(dy), _matrix(R)
+    (M, N), (ranks, K), device = dy.shape, A.shape, dy.device
+    dx = common.scratch(M * K, dy.dtype, device).view(M, K) if need_x else None
+    dA = common.scratch(trained * K, A.dtype, device).view(trained, K) if need_A else None
+    dB = common.scratch(N * trained, A.dtype, device).view(N, trained) if need_B else None
+    dbias = common.scratch(N, dy.dtype, device) if need_bias else None
+    if M == 0:
+        for gradient in (dA, dB, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return dx, dA, dB, dbias
+    plan = _schedule(dy, A, first=seed is not None or ranks > trained)
+    scale = scaling / keep_rate(dropout_p)
+    need_dS = need_x or need_A
+    dS, b_partials = _project_both(
+        dy, B.contiguous(), S if need_B else None, need_dS, need_bias, trained, scale, plan.both
+    )
+    a_partials = None
+    if need_A:
+        assert x is not None
+        a_partials = _project_columns(dS, _matrix(x), trained, seed, dropout_p, plan.columns)
+    if dx is not None:
+        a = A.contiguous()
+        _matmul(dy, R, dx, dS, a, None, seed, dropout_p, trained, False, plan.backward)
+    if need_A or need_B or need_bias:
+        _sum_gradients(a_partials, b_partials, dA, dB, dbias, trained)
+    return dx, dA, dB, dbias
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """With dense rows: what cannot be told from an address and one stride is copied."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def _schedule(x: Tensor, A: Tensor, first: bool) -> Schedule:
+    dtypes = (x.dtype, A.dtype)
+    return schedule(x.shape[0], dtypes, first, common.capability_of(x.device))
+
+
+def _project(
+    x: Tensor,
+    A: Tensor,
+    target: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    tile: Tile,
+) -> None:
+    (M, K), ranks = x.shape, A.shape[0]
+    constants = project_constants((x.dtype, A.dtype), ranks, seed is not None, tile)
+    programs = triton.cdiv(M, tile.rows) * triton.cdiv(ranks, padded(ranks))
+    least = threshold(dropout_p)
+    common.launch(
+        project,
+        programs,
+        *(x, A, seed, target, M, K, ranks, x.stride(0), scale, least),
+        **constants,
+        **tile.options(),
+    )
+
+
+def _project_both(
+    dy: Tensor,
+    B: Tensor,
+    S: Tensor | None,
+    need_dS: bool,
+    bias: bool,
+    trained: int,
+    scale: float,
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """dS (partials, M, r) in B's dtype, and fp32 (partials, trained or 0 + bias, out) of dBᵀ."""
+    (M, N), ranks = dy.shape, B.shape[1]
+    width = (trained if S is not None else 0) + bias
+    row_blocks = triton.cdiv(M, tile.rows)
+    column_blocks = _split(N, tile.columns, min(8, triton.cdiv(_SMS, row_blocks)))
+    block = triton.cdiv(triton.cdiv(N, column_blocks), tile.columns) * tile.columns
+    dS = common.scratch(column_blocks * M * ranks * need_dS, B.dtype, dy.device)
+    partials = common.scratch(row_blocks * width * N, torch.float32, dy.device)
+    widest = max(ranks * need_dS, width)
+    flags = (need_dS, S is not None, bias)
+    capability = common.capability_of(dy.device)
+    constants = both_constants((dy.dtype, B.dtype), widest, flags, tile, capability)
+    chunks = triton.cdiv(widest, padded(widest))
+    common.launch(
+        project_both,
+        row_blocks * column_blocks * chunks,
+        *(dy, B, S, dS, partials, M, N, ranks, width - bias, dy.stride(0), block, scale),
+        **constants,
+        **tile.options(),
+    )
+    shape = (column_blocks, M, ranks) if need_dS else (0, M, ranks)
+    return dS.view(shape), partials.view(row_blocks, width, N)
+
+
+def _project_columns(
+    dS: Tensor, x: Tensor, trained: int, seed: Tensor | None, dropout_p: float, tile: Tile
+) -> Tensor:
+    """fp32 (partials, trained, in) of dA."""
+    (M, K), (partials, _, ranks) = x.shape, dS.shape
+    tiles = triton.cdiv(K, tile.columns)
+    row_blocks = _split(M, tile.rows, triton.cdiv(2 * _SMS, tiles))
+    block = triton.cdiv(triton.cdiv(M, row_blocks), tile.rows) * tile.rows
+    found = common.scratch(row_blocks * trained * K, torch.float32, x.device)
+    constants = columns_constants((x.dtype, dS.dtype), trained, seed is not None, partials, tile)
+    chunks = triton.cdiv(trained, padded(trained))
+    least = threshold(dropout_p)
+    common.launch(
+        project_columns,
+        tiles * row_blocks * chunks,
+        *(dS, x, seed, found, M, K, ranks, trained, x.stride(0), block, least),
+        **constants,
+        **tile.options(),
+    )
+    return found.view(row_blocks, trained, K)
+
+
+def _split(size: int, tile: int, most: int) -> int:
+    """Into how many blocks of whole tiles: a power of two, none of them empty."""
+    count = 1 << max(0, most.bit_length() - 1)
+    tiles = triton.cdiv(size, tile)
+    while (count - 1) * triton.cdiv(tiles, count) >= tiles:
+        count //= 2
+    return count
+
+
+def _matmul(
+    x: Tensor,
+    R: Tensor,
+    y: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    trained: int,
+    transposed: bool,
+    tile: Matmul,
+) -> None:
+    (M, K), N, (partials, _, ranks) = x.shape, y.shape[1], left.shape
+    capability = common.capability_of(x.device)
+    tma = capability >= (9, 0) and all(_describable(t) for t in (x, R, y))
+    constants = matmul_constants(
+        (x.dtype, left.dtype),
+        (trained, ranks),
+        (transposed, bias is not None, seed is not None),
+        partials,
+        tma,
+        tile,
+    )
+    operands = (x, R, y)
+    if tma:
+        frozen = [tile.columns, tile.depth] if transposed else [tile.depth, tile.columns]
+        blocks = (
+            [tile.rows, tile.depth],
+            frozen,
+            [tile.rows, tile.columns // (1 + tile.split_store)],
+        )
+        operands = [
+            TensorDescriptor.from_tensor(*pair) for pair in zip(operands, blocks, strict=True)
+        ]
+    tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
+    sizes = (M, N, K, ranks, trained, x.stride(0), R.stride(0))
+    common.launch(
+        adapted_matmul,
+        min(tiles, tile.blocks * sms(x.device)),
+        *(*operands, left, right, bias, seed, *sizes, threshold(dropout_p)),
+        **constants,
+        **tile.options(),
+    )
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether TMA can read it."""
+    aligned = tensor.data_ptr() % 16 == tensor.stride(0) * tensor.element_size() % 16 == 0
+    return TensorDescriptor is not None and aligned and tensor.stride(1) == 1
+
+
+def _sum_gradients(
+    a_partials: Tensor | None,
+    b_partials: Tensor,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+    trained: int,
+) -> None:
+    a_count, _, K = (0, 0, 0) if a_partials is None else a_partials.shape
+    b_count, width, N = b_partials.shape
+    widest = max(trained if a_count or dB is not None else 0, width)
+    constants = sum_constants(widest, dB is not None, dbias is not None)
+    a_programs = triton.cdiv(K, _SPAN)
+    b_programs = triton.cdiv(N, _SPAN) if width else 0
+    sizes = (K, N, trained if dB is not None or a_count else 0, a_count, b_count)
+    common.launch(
+        sum_gradients,
+        (a_programs + b_programs) * triton.cdiv(widest, constants["R"]),
+        *(a_partials, b_partials, dA, dB, dbias, *sizes, a_programs, b_programs),
+        **constants,
+    )
+
+
+@cache
+def sms(device: torch.device) -> int:
+    """Streaming multiprocessors."""
+    if device.type != "cuda":
+        return 4  # interpreted: a program has several tiles
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def padded(ranks: int) -> int:
+    """Ranks of a tile; what is beyond 64 takes several."""
+    return 16 if ranks <= 16 else 32 if ranks <= 32 else 64
+
+
+def _compute(*dtypes: torch.dtype) -> object:
+    """What operands are multiplied in: the interpreter's bf16 dot is wrong, its fp32 one right."""
+    if torch.float32 in dtypes or (common.INTERPRETED and torch.bfloat16 in dtypes):
+        return tl.float32
+    return common.TRITON_DTYPES[dtypes[0]]
+
+
+def project_constants(
+    dtypes: tuple[torch.dtype, torch.dtype], ranks: int, dropout: bool, tile: Tile
+) -> dict[str, object]:
+    """The constexpr arguments of `project`."""
+    return {
+        "compute": _compute(*dtypes),
+        "DROPOUT": dropout,
+        "R": padded(ranks),
+        "TM": tile.rows,
+        "TK": tile.columns,
+    }
+
+
+def both_constants(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    widest: int,
+    flags: tuple[bool, bool, bool],
+    tile: Tile,
+    capability: tuple[int, int],
+) -> dict[str, object]:
+    """The constexpr arguments of `project_both`; flags: dS, dB and dbias are asked for."""
+    return {
+        "compute": _compute(*dtypes),
+        **dict(zip(("DS", "DB", "BIAS"), flags, strict=True)),
+        "FLAT": capability not in _MATMUL,
+        "R": padded(widest),
+        "TM": tile.rows,
+        "TN": tile.columns,
+    }
+
+
+def columns_constants(
+    dtypes: tuple[torch.dtype, torch.dtype], ranks: int, dropout: bool, partials: int, tile: Tile
+) -> dict[str, object]:
+    """The constexpr arguments of `project_columns`."""
+    return {
+        "compute": _compute(*dtypes),
+        "PARTIALS": partials,
+        "DROPOUT": dropout,
+        "R": padded(ranks),
+        "TM": tile.rows,
+        "TK": tile.columns,
+    }
+
+
+def matmul_constants(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    ranks: tuple[int, int],
+    flags: tuple[bool, bool, bool],
+    partials: int,
+    tma: bool,
+    tile: Matmul,
+) -> dict[str, object]:
+    """The constexpr arguments of `adapted_matmul`.
+
+    Args:
+        ranks: trained ones and all.
+        flags: R is read as (N, K), there is a bias, there is dropout.
+    """
+    trained, total = ranks
+    split = dtypes[0] != dtypes[1]
+    return {
+        "compute": _compute(dtypes[0]),
+        "low": _compute(torch.bfloat16) if split else _compute(dtypes[1]),
+        "SPLIT": split,
+        **dict(zip(("TRANSPOSED", "BIAS", "DROPOUT"), flags, strict=True)),
+        "HALVES": total == 2 * trained,
+        "PARTIALS": partials,
+        "TMA": tma,
+        "R": padded(trained),
+        "TM": tile.rows,
+        "TN": tile.columns,
+        "TK": tile.depth,
+        "GROUP": tile.group,
+        "EARLY": tile.early and total <= 16,
+        "FLATTEN": tile.flatten,
+        "SPLIT_STORE": tile.split_store,
+    }
+
+
+def sum_constants(widest: int, dB: bool, bias: bool) -> dict[str, object]:
+    """The constexpr arguments of `sum_gradients`."""
+    return {"DB": dB, "BIAS": bias, "R": padded(widest), "SPAN": _SPAN}

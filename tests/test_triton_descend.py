@@ -304,31 +304,6 @@ def case_graph_replay_changes_no_bit() -> None:
         assert all(map(torch.equal, state, other))
 
 
-def groups_of(shapes: Sequence[tuple[int, int]], r: int = 8) -> list[tuple[list[int], bool]]:
-    """What runs together, and whether in the L2, for bf16 weights of these shapes."""
-    weights = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
-    params = [torch.empty(r, sum(shape), device="meta") for shape in shapes]
-    return [(members, resident) for _, members, resident in descend._classes(weights, params)]
-
-
-def test_layers_run_in_groups_of_the_l2s_size() -> None:
-    # RoBERTa-base's q and v: 28.3 MB, within 60% of 50 MiB.
-    assert groups_of([(768, 768)] * 24) == [(list(range(24)), True)]
-    # LLaMA2-7B's: each is larger than that.
-    assert groups_of([(4096, 4096)] * 64) == [(list(range(64)), False)]
-    mixed = groups_of([(4096, 4096), (1024, 4096)] * 4)
-    assert mixed == [([0, 2, 4, 6], False), ([1, 3, 5], True), ([7], True)]
-
-
-def test_partials_of_a_step_at_4096_squared_stay_below_15_percent() -> None:
-    weight = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
-    for r in (8, 16, 32):
-        form = common.variant(weight, r, descend.parts_of(weight.dtype))
-        plan = common.plan(weight.shape, form, r, r)
-        assert plan.reads == 1
-        assert plan.partial_bytes <= 0.15 * weight.nbytes
-
-
 def test_first_launch_is_the_same_for_both_solvers() -> None:
     forms = {descend.update_variant(torch.bfloat16, 8, adam, True) for adam in (True, False)}
     assert len(forms) == 1

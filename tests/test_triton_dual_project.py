@@ -231,22 +231,19 @@ def form_of(shape: tuple[int, int], dtype: torch.dtype, r: int, parts: int = 2) 
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
-@pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize(
     "shape",
     [(1, 1), (576, 192), (4096, 4096), (1024, 4096), (128_256, 8192), (70_000, 65_536)],
     ids=str,
 )
-def test_blocks_cover_a_weight_once(
-    shape: tuple[int, int], resident: bool, capability: tuple[int, int]
-) -> None:
+def test_blocks_cover_a_weight_once(shape: tuple[int, int], capability: tuple[int, int]) -> None:
     for dtype in DTYPES:
         form = form_of(shape, dtype, 16)
-        plan = common.plan(shape, form, 16, 16, capability, resident)
+        plan = common.plan(shape, form, 16, 16, capability)
         tile = form.tile(capability)
         assert plan.reads == 1
         assert plan.rows % tile.rows == plan.columns % tile.columns == 0
-        table = common.block_programs([plan, plan])
+        table = common.block_programs((plan.blocks, plan.blocks))
         assert len(table) == 2 * plan.programs
         for layer in (0, 1):
             blocks = table[table[:, 0] == layer, 1:].astype(object)  # exact: Python's integers
@@ -264,20 +261,21 @@ def test_blocks_cover_a_weight_once(
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)], ids=str)
-@pytest.mark.parametrize("r", [1, 8, 16, 32])
-def test_partials_stay_below_15_percent_of_large_weights(
-    r: int, capability: tuple[int, int]
+@pytest.mark.parametrize(("r", "share"), [(1, 0.02), (8, 0.15), (16, 0.3), (32, 0.6)])
+def test_partials_of_large_weights_stay_below_a_share_of_their_bytes(
+    r: int, share: float, capability: tuple[int, int]
 ) -> None:
+    # More than the 15% that were planned at r = 16: fewer partials were slower (`common.plan`).
     shape = (4096, 4096)
     plan = common.plan(shape, form_of(shape, torch.bfloat16, r), r, r, capability)
-    assert plan.partial_bytes <= 0.15 * 2 * 4096**2
-    # 64 such layers fill the 132 SMs of an H100 almost twice at r = 32, else 7 times and more.
-    assert 64 * plan.programs >= (1.9 if r == 32 else 7) * 132
+    assert plan.partial_bytes <= share * 2 * 4096**2
+    # 64 such layers fill the 132 SMs of an H100 almost 4 times and more.
+    assert 64 * plan.programs >= 3.8 * 132
 
 
-def test_layers_of_a_group_that_fits_the_l2_fill_the_gpu() -> None:
-    for shape, count in (((768, 768), 24), ((2048, 2048), 3), ((576, 576), 40)):
-        plan = common.plan(shape, form_of(shape, torch.bfloat16, 8), 8, 8, resident=True)
+def test_a_group_of_small_layers_fills_the_gpu() -> None:
+    for shape, count in (((768, 768), 24), ((2048, 2048), 12), ((576, 576), 40)):
+        plan = common.plan(shape, form_of(shape, torch.bfloat16, 8), 8, 8)
         assert count * plan.programs >= 0.7 * 132
 
 
@@ -300,7 +298,7 @@ def test_memory_is_told_from_strides_and_addresses() -> None:
 
 
 def test_tables_arrive_as_they_left_at_multiples_of_16_bytes() -> None:
-    tables = [common.span_programs([1, 1024, 1025], 1024), *(common.np.arange(n) for n in (1, 3))]
+    tables = [common.span_programs((1, 1024, 1025), 1024), *(common.np.arange(n) for n in (1, 3))]
     arrived = common.upload(tables, torch.device("cpu"))
     for table, tensor in zip(tables, arrived, strict=True):
         assert (tensor.numpy() == table).all()
@@ -332,7 +330,7 @@ def why(op_name: str, *args: object) -> str | None:
 def test_backend_says_why_not() -> None:
     call = ("dual_project", [W], [A], [B], "full")
     assert why(*call) == "runs on NVIDIA GPUs; the tensors are on the CPU"
-    assert why("lora_linear") == "has no op 'lora_linear'"
+    assert why("another") == "has no op 'another'"
     assert why("dual_project", [W], [A.double()], [B], "full") == (
         "computes in float32, bfloat16 and float16, not float64"
     )

@@ -1,16 +1,12 @@
 """What `dual_project` and `descend` share: the kernel that reads W, its variants, tiles and blocks.
 
-`products` makes W Aᵀ and Bᵀ W from one read of W. A program owns a block of W (up to 2048 a side)
-and walks it in slabs of a tile's width, from top to bottom:
-
-- Bᵀ W of a slab stays in registers until the slab is done;
-- W Aᵀ of a tile is complete for that slab, and is added to what the earlier slabs of the same block
-  left in the program's own partial: 64 kB that lie in the L2, so that HBM sees each once.
+`products` makes W Aᵀ and Bᵀ W from one read of W. A program owns a block of W, one tile wide and as
+tall as there are programs enough, and walks it from top to bottom: Bᵀ W stays in registers until it
+is done, W Aᵀ of a tile is complete for these columns and stored at once.
 
 So a block costs one partial of each product, 8·r·out·in·(1/columns + 1/rows) bytes written and
-read for the layer: 12.5% of W's at 4096², r = 16, bf16. Accumulating a tile's product over a whole
-row instead, which would allow an optimiser step in the epilogue, needs blocks as wide as W: 8
-programs for that layer, or 256 rows each and 25%.
+read for the layer: 6% of W's at 4096², r = 8, bf16. Blocks of several tiles' width, where W Aᵀ adds
+to what the earlier tiles left, save partials and lose more time in waiting for them (`plan`).
 
 The factors come packed: rank by rank, padded with zeros to whole tiles, in W's dtype; beside a
 16-bit W each rank is 2 rows (hi, lo: 16 bits of a bf16 pair, 22 of an fp16 one) or 4 (hi, mid, lo,
@@ -21,9 +17,9 @@ instead costs 60 registers and spills.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,7 +41,7 @@ PADDING = 512
 
 # A layer as `products` sees it: one row of an int64 table.
 LAYER = (
-    "weight", "row_stride", "column_stride", "out", "in", "block_rows", "block_columns",
+    "weight", "row_stride", "column_stride", "out", "in", "block_rows",
     "a", "a_stride", "b", "b_stride", "p", "q",
     "left", "left_stride", "right", "right_stride", "a_unscale", "b_unscale",
 )  # fmt: skip
@@ -128,17 +124,16 @@ def products(
     in_size = tl.load(layer + 4).to(tl.int32)
     # The compiler pipelines a load only if it can tell that it moves 4 bytes or more at a time.
     block_rows = tl.multiple_of(tl.load(layer + 5).to(tl.int32), TM)
-    block_cols = tl.multiple_of(tl.load(layer + 6).to(tl.int32), TN)
-    a_base = tl.multiple_of(tl.load(layer + 7).to(tl.pointer_type(dtype)), 16)
-    a_stride = tl.multiple_of(tl.load(layer + 8).to(tl.int32), 16)
-    b_base = tl.multiple_of(tl.load(layer + 9).to(tl.pointer_type(dtype)), 16)
-    b_stride = tl.multiple_of(tl.load(layer + 10).to(tl.int32), 16)
-    p = tl.load(layer + 11).to(tl.int32)
-    q = tl.load(layer + 12).to(tl.int32)
-    left_base = tl.load(layer + 13).to(tl.pointer_type(tl.float32))
-    left_base += col_block * tl.load(layer + 14)
-    right_base = tl.load(layer + 15).to(tl.pointer_type(tl.float32))
-    right_base += row_block * tl.load(layer + 16)
+    a_base = tl.multiple_of(tl.load(layer + 6).to(tl.pointer_type(dtype)), 16)
+    a_stride = tl.multiple_of(tl.load(layer + 7).to(tl.int32), 16)
+    b_base = tl.multiple_of(tl.load(layer + 8).to(tl.pointer_type(dtype)), 16)
+    b_stride = tl.multiple_of(tl.load(layer + 9).to(tl.int32), 16)
+    p = tl.load(layer + 10).to(tl.int32)
+    q = tl.load(layer + 11).to(tl.int32)
+    left_base = tl.load(layer + 12).to(tl.pointer_type(tl.float32))
+    left_base += col_block * tl.load(layer + 13)
+    right_base = tl.load(layer + 14).to(tl.pointer_type(tl.float32))
+    right_base += row_block * tl.load(layer + 15)
     vector: tl.constexpr = 4 if dtype == tl.float32 else 8
     if MEMORY == "rows":
         weight = tl.multiple_of(weight, 16)
@@ -159,55 +154,49 @@ def products(
     tile = i[:, None] * tl.cast(row_stride, tl.int32) + k[None, :] * tl.cast(col_stride, tl.int32)
     low: tl.constexpr = 1.0 / 2048 if PARTS == 2 and dtype == tl.float16 else 1.0
     if dtype == tl.float16:
-        a_unscale = tl.load(tl.load(layer + 17).to(tl.pointer_type(tl.float32)) + rank)
-        b_unscale = tl.load(tl.load(layer + 18).to(tl.pointer_type(tl.float32)) + rank)
+        a_unscale = tl.load(tl.load(layer + 16).to(tl.pointer_type(tl.float32)) + rank)
+        b_unscale = tl.load(tl.load(layer + 17).to(tl.pointer_type(tl.float32)) + rank)
     row_begin = row_block * block_rows
-    col_begin = col_block * block_cols
     row_end = tl.minimum(row_begin + block_rows, out_size)
-    col_end = tl.minimum(col_begin + block_cols, in_size)
-    for col0 in range(col_begin, col_end, TN):
-        cols = col0 + k
-        a = tl.load(a_base + part * a_stride + cols[None, :])
+    col0 = col_block * TN
+    cols = col0 + k
+    a = tl.load(a_base + part * a_stride + cols[None, :])
+    if UPCAST:
+        a = a.to(tl.float32)
+    right = tl.zeros([R * PARTS, TN] if FLAT else [TN, R * PARTS], dtype=tl.float32)
+    for row0 in range(row_begin, row_end, TM):
+        rows = row0 + i
+        # Element by element, keeping a thread's 64 offsets over the loop would spill.
+        if MEMORY == "any":
+            place = rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64) * col_stride
+        else:
+            place = row0 * row_stride + col0 * col_stride + tile
+        w = tl.load(
+            weight + place,
+            mask=(rows < out_size)[:, None] & (cols < in_size)[None, :],
+            other=0.0,
+        )
+        b = tl.load(b_base + part * b_stride + rows[None, :])
         if UPCAST:
-            a = a.to(tl.float32)
-        right = tl.zeros([R * PARTS, TN] if FLAT else [TN, R * PARTS], dtype=tl.float32)
-        for row0 in range(row_begin, row_end, TM):
-            rows = row0 + i
-            # Element by element, keeping a thread's 64 offsets over the loop would spill.
-            if MEMORY == "any":
-                place = rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64) * col_stride
-            else:
-                place = row0 * row_stride + col0 * col_stride + tile
-            w = tl.load(
-                weight + place,
-                mask=(rows < out_size)[:, None] & (cols < in_size)[None, :],
-                other=0.0,
-            )
-            b = tl.load(b_base + part * b_stride + rows[None, :])
-            if UPCAST:
-                w = w.to(tl.float32)
-                b = b.to(tl.float32)
-            left = tl.dot(w, tl.trans(a), input_precision="ieee")
-            if FLAT:
-                right = tl.dot(b, w, right, input_precision="ieee")
-            else:
-                right = tl.dot(tl.trans(w), tl.trans(b), right, input_precision="ieee")
-            left = join_parts(left, R, PARTS, low)
-            if dtype == tl.float16:
-                left *= a_unscale
-            at = left_base + rank.to(tl.int64) * out_size + rows[:, None]
-            inside = (rank < p) & (rows < out_size)[:, None]
-            left += tl.load(at, mask=inside & (col0 > col_begin), other=0.0)
-            tl.store(at, left, mask=inside)
+            w = w.to(tl.float32)
+            b = b.to(tl.float32)
+        left = tl.dot(w, tl.trans(a), input_precision="ieee")
         if FLAT:
-            right = tl.trans(right)
-        right = join_parts(right, R, PARTS, low)
+            right = tl.dot(b, w, right, input_precision="ieee")
+        else:
+            right = tl.dot(tl.trans(w), tl.trans(b), right, input_precision="ieee")
+        left = join_parts(left, R, PARTS, low)
         if dtype == tl.float16:
-            right *= b_unscale
-        at = right_base + rank.to(tl.int64) * in_size + cols[:, None]
-        tl.store(at, right, mask=(rank < q) & (cols < in_size)[:, None])
-        # The next slab adds to the left partial, where other threads may have stored it.
-        tl.debug_barrier()
+            left *= a_unscale
+        at = left_base + rank.to(tl.int64) * out_size + rows[:, None]
+        tl.store(at, left, mask=(rank < p) & (rows < out_size)[:, None])
+    if FLAT:
+        right = tl.trans(right)
+    right = join_parts(right, R, PARTS, low)
+    if dtype == tl.float16:
+        right *= b_unscale
+    at = right_base + rank.to(tl.int64) * in_size + cols[:, None]
+    tl.store(at, right, mask=(rank < q) & (cols < in_size)[:, None])
 
 
 INTERPRETED = not isinstance(products, triton.JITFunction)
@@ -233,11 +222,11 @@ class Tile:
 # falls with its width. The limits: shared memory (227 kB on H100 and H200, 163 on A100, 99 on 4090)
 # and 255 registers a thread. `make kernel-report` checks both; no choice has been timed yet.
 _FP32 = {16: Tile(32, 32, 8, 3), 32: Tile(16, 32, 8, 3)}
-_MMA_SYNC = {16: Tile(32, 256, 8, 2), 32: Tile(32, 256, 8, 2), 64: Tile(32, 128, 8, 3)}
+_MMA_SYNC = {16: Tile(32, 256, 8, 2), 32: Tile(32, 256, 8, 2), 64: Tile(32, 256, 8, 2)}
 _TILES = {
     "A100, 4090 and what is not listed": _MMA_SYNC,
-    "H100, H200": {16: Tile(64, 512, 8, 3), 32: Tile(64, 512, 8, 2), 64: Tile(64, 256, 8, 3)},
-    "B200": {16: Tile(64, 256, 8, 3), 32: Tile(64, 256, 8, 3), 64: Tile(64, 256, 8, 3)},
+    "H100, H200": {16: Tile(64, 512, 8, 3), 32: Tile(64, 256, 4, 3), 64: Tile(64, 256, 8, 3)},
+    "B200": {16: Tile(64, 256, 8, 3), 32: Tile(64, 256, 8, 2), 64: Tile(64, 256, 8, 3)},
 }
 _BY_CAPABILITY = {(9, 0): "H100, H200", (10, 0): "B200"}
 
@@ -265,7 +254,7 @@ class Variant:
         # Single elements are not pipelined, 64×512 of them spill, and so does ptxas to fit a second
         # block beside the first. The tensor cores add up K in steps of 16 either way.
         rows = min(tile.rows, (1 << 14) // tile.columns)
-        return Tile(rows, tile.columns, tile.warps, 1, maxnreg=255)
+        return Tile(rows, tile.columns, 8, 1, maxnreg=255)
 
     def constants(self, capability: tuple[int, int]) -> dict[str, object]:
         """The constexpr arguments of `products`."""
@@ -329,38 +318,37 @@ class Plan:
     partial_bytes: int
 
     @property
+    def blocks(self) -> tuple[int, int]:
+        return self.row_blocks, self.column_blocks
+
+    @property
     def programs(self) -> int:
         return self.row_blocks * self.column_blocks * self.reads
 
 
+@lru_cache(maxsize=256)
 def plan(
     shape: tuple[int, int],
     form: Variant,
     p: int,
     q: int,
     capability: tuple[int, int] = (9, 0),
-    resident: bool = False,
 ) -> Plan:
     """The blocks of one layer, by nothing but its own shape, dtype and rank.
 
-    Partials of at most 12.5% of W's bytes are aimed at, with 4 to 16 programs a layer: 9 to 33
-    layers fill the 132 SMs of an H100. Smaller layers get blocks of 2¹⁷ elements (256 kB in bf16).
+    One tile wide, so that no product of a tile waits for an earlier one's: of 2048 × 1024 columns
+    the reads alone take 25% longer at 4096², r = 16 (H200: 747 µs against 599 for 64 layers), more
+    than the partials that they save. About 8 of 512 columns in a large layer; at least 2¹⁷
+    elements (256 kB in bf16) in a small one.
 
     Args:
         shape: (out, in).
         p, q: ranks of A and B.
-        resident: W stays in the L2 between reads, and so do the partials: blocks of 2¹⁷ elements,
-            96 of which are 25 MB.
     """
     out_features, in_features = shape
     tile = form.tile(capability)
-    area = 1 << 17
-    if not resident:
-        cheap = 128 * max(p, q) // form.dtype.itemsize
-        elements = out_features * in_features
-        edge = max(elements // 16, min(cheap**2, elements // 4)) ** 0.5
-        area = max(area, _power_of_two(edge) ** 2)
-    columns = max(tile.columns, _power_of_two(area**0.5))
+    area = max(1 << 17, _power_of_two(out_features * in_features / 8))
+    columns = tile.columns
     # Tiles of strange memory are shorter, their blocks are not: the same partials.
     rows = max(64, area // columns)
     row_blocks, column_blocks = -(-out_features // rows), -(-in_features // columns)
@@ -378,7 +366,7 @@ def _power_of_two(size: float) -> int:
     return 1 << max(0, int(size).bit_length() - 1)
 
 
-@cache
+@lru_cache(maxsize=256)
 def capability_of(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
@@ -438,22 +426,25 @@ def launch_products(
     )
 
 
-def block_programs(plans: Iterable[Plan]) -> np.ndarray:
-    """int32 (programs, 3) for `products`: layer, row block, column block."""
+@lru_cache(maxsize=256)
+def block_programs(blocks: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """int32 (programs, 3) for `products`: layer, row block, column block.
+
+    Args:
+        blocks: (row blocks, column blocks) of each layer.
+    """
     tables = [
         np.stack(
-            [
-                np.full(blocks.row_blocks * blocks.column_blocks, layer),
-                *np.indices((blocks.row_blocks, blocks.column_blocks)).reshape(2, -1),
-            ],
+            [np.full(rows * columns, layer), *np.indices((rows, columns)).reshape(2, -1)],
             axis=1,
         )
-        for layer, blocks in enumerate(plans)
+        for layer, (rows, columns) in enumerate(blocks)
     ]
     return np.concatenate(tables).astype(np.int32)
 
 
-def span_programs(sizes: Iterable[int], span: int = SPAN) -> np.ndarray:
+@lru_cache(maxsize=256)
+def span_programs(sizes: tuple[int, ...], span: int = SPAN) -> np.ndarray:
     """int32 (programs, 2): task, first element; as many as cover each task's size."""
     tables = [
         np.stack([np.full(-(-size // span), task), np.arange(0, size, span)], axis=1)

@@ -13,8 +13,9 @@ with 8 programs a layer, 25% with 16, and a program that descends B holds its ti
 A group of several dtypes, memory orders or rank classes takes two launches for each.
 
 Steps are counted on the device and read their rates from a table made in fp64 on the host, so that
-a CUDA graph of `GRAPH_STEPS` steps is replayed as it is. Layers are independent: those that fit
-the L2 run all their steps in groups of its size, the larger ones together.
+a CUDA graph of `GRAPH_STEPS` steps is replayed as it is. Layers run together even where groups of
+them would fit the L2: with two launches a step it is their latency that small layers wait for (72
+of 768² in bf16 on an H200: 94 µs a step together, 110 in three groups of the L2's size).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,11 +38,12 @@ GRAPH_STEPS = 20
 """Divides the 100 steps between two points of a trace of 4,000; 40 launches replayed as one."""
 SCHEDULE_STEPS = 4096
 """Rows of the table of rates; more steps are done in several goes."""
-_L2_SHARE = 0.6
-"""Of the L2, for the W's of a group: the rest holds their state and partials. Not yet measured."""
-_L2_INTERPRETED = 50 << 20
-OPTIONS = {"num_warps": 8}
+COLUMNS = {16: 64, 32: 32}
+"""Of a group of a tile of `update`, by its rows. At 4096², r = 8 it took 146 µs, with twice as many
+or with 8 warps 217 (H200, 64 layers): it is latency that it waits for."""
+OPTIONS = {"num_warps": 4}
 """How `update` is compiled and launched."""
+_IN_FLIGHT = 4
 _FP16_SCALE = tl.constexpr(16.0)
 
 # A layer as `update` sees it; side 0 is B, side 1 is A.
@@ -65,7 +67,7 @@ def _pack(p, packed, width, i, columns, inside, dtype: tl.constexpr, PARTS: tl.c
         x = p * _FP16_SCALE
     for part in tl.static_range(PARTS):
         rounded = x.to(dtype)
-        place = packed + (i * PARTS + part).to(tl.int64)[:, None] * width + columns[None, :]
+        place = packed + (i * PARTS + part).to(tl.int64)[:, None] * width + columns
         tl.store(place, rounded, mask=inside)
         x -= rounded.to(tl.float32)
         if dtype == tl.float16:
@@ -85,19 +87,27 @@ def update(
     dtype: tl.constexpr,
     PARTS: tl.constexpr,
     R: tl.constexpr,
+    GROUPS: tl.constexpr,
     CHUNKED: tl.constexpr,
     ADAM: tl.constexpr,
     FIRST: tl.constexpr,
     T: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """One step for a tile of T columns of [Bᵀ | A]; only Gram matrices and packing if FIRST.
+    """One step for a tile of GROUPS·T columns of [Bᵀ | A]; only Gram matrices and packing if FIRST.
 
     Args:
         layers: int64 (layers, len(_LAYER)).
         programs: int32 (programs, 3): layer, side, tile of that side.
         counter: int32, 1 during step 0.
         schedule: fp32 (steps, 2), `Optimizer.schedule`.
-        R: ranks taken at a time; all of them unless CHUNKED.
+        R: rows of a tile: ranks taken at a time, all of them unless CHUNKED.
+        GROUPS: of columns that share a tile. A dot contracts 16 ranks or more, so 8 would leave
+            half of it empty: two groups of T columns lie one below the other.
+        IN_FLIGHT: partials asked for before the first is added.
+        WHOLE: sizes are multiples of T and all addresses of 16 bytes: no masks along the columns,
+            and 16 bytes at a time. A third of the instructions, which are what takes the time.
     """
     program = programs + tl.program_id(0) * 3
     layer = layers + tl.load(program) * _FIELDS
@@ -111,59 +121,83 @@ def update(
     count = tl.load(layer + 7 + 2 * side).to(tl.int32)
     packed = tl.load(layer + 10 + 2 * side).to(tl.pointer_type(dtype))
     width = tl.load(layer + 11 + 2 * side)
-    own = tl.load(layer + 14 + side).to(tl.pointer_type(tl.float32)) + tile.to(tl.int64) * r * r
+    own = tl.load(layer + 14 + side).to(tl.pointer_type(tl.float32))
     others = tl.load(layer + 17 - side).to(tl.pointer_type(tl.float32))
     step = tl.load(counter) - 1
 
-    ranks = tl.arange(0, R)
-    columns = tile * T + tl.arange(0, T)
+    ranks = tl.arange(0, R) % (R // GROUPS)
+    part = tl.arange(0, R) // (R // GROUPS)
+    same = part[:, None] == part[None, :]
+    columns = ((tile * GROUPS + part) * T)[:, None] + tl.arange(0, T)[None, :]
     within = columns < size
+    if WHOLE:
+        within = tl.full([R, T], True, tl.int1)
     row = size0 + size1
-    offset = tl.where(side == 0, 0, size0) + columns
     mean = tl.div_rn(2.0, size0.to(tl.float32) * size1.to(tl.float32))
-    p_at = tl.load(layer).to(tl.pointer_type(tl.float32)) + offset[None, :]
-    g_at = product + columns[None, :]
-    m_at = p_at
-    v_at = p_at
+    p_at = tl.load(layer).to(tl.pointer_type(tl.float32))
+    m_at = tl.load(layer + 1).to(tl.pointer_type(tl.float32))
+    v_at = tl.load(layer + 2).to(tl.pointer_type(tl.float32))
+    first = tl.where(side == 0, 0, size0)
+    if WHOLE:
+        p_at = tl.multiple_of(p_at, 16)
+        m_at = tl.multiple_of(m_at, 16)
+        v_at = tl.multiple_of(v_at, 16)
+        product = tl.multiple_of(product, 16)
+        packed = tl.multiple_of(packed, 16)
+        size = tl.multiple_of(size, 16)
+        row = tl.multiple_of(row, 16)
+        width = tl.multiple_of(width, 16)
+        first = tl.multiple_of(first, 16)
+    offset = first + columns
+    p_at += offset
+    m_at += offset
+    v_at += offset
+    g_at = product + columns
     alpha = 0.0
     inverse_root = 1.0
     if not FIRST:
         alpha = tl.load(schedule + 2 * step)
         if ADAM:
             inverse_root = tl.load(schedule + 2 * step + 1)
-            m_at = tl.load(layer + 1).to(tl.pointer_type(tl.float32)) + offset[None, :]
-            v_at = tl.load(layer + 2).to(tl.pointer_type(tl.float32)) + offset[None, :]
     end = R
     if CHUNKED:
         end = r
-    new = tl.zeros([R, T], tl.float32)
-    gradient = tl.zeros([R, T], tl.float32)
+    old = tl.zeros([R, T], tl.float32)
+    new = old
+    gradient = old
+    m = old
+    v = old
 
     # Every gradient of these columns before the first parameter changes: with more than R ranks
-    # they wait where the first partial was.
+    # they wait where the first partial was. All that is loaded is asked for before it is needed.
     if not FIRST:
         for i0 in range(0, end, R):
             i = i0 + ranks
-            inside = (i < r)[:, None] & within[None, :]
+            inside = (i < r)[:, None] & within
+            if ADAM and not CHUNKED:
+                m = tl.load(m_at + i.to(tl.int64)[:, None] * row, mask=inside, other=0.0)
+                v = tl.load(v_at + i.to(tl.int64)[:, None] * row, mask=inside, other=0.0)
+            place = g_at + i.to(tl.int64)[:, None] * size
+            projected = tl.zeros([R, T], tl.float32)
+            for partial in range(0, count, IN_FLIGHT):
+                for more in tl.static_range(IN_FLIGHT):
+                    slot = (partial + more) * r.to(tl.int64) * size
+                    present = inside & (partial + more < count)
+                    projected += tl.load(place + slot, mask=present, other=0.0)
             gradient = tl.zeros([R, T], tl.float32)
             for j0 in range(0, end, R):
                 j = j0 + ranks
-                p = tl.load(
+                old = tl.load(
                     p_at + j.to(tl.int64)[:, None] * row,
-                    mask=(j < r)[:, None] & within[None, :],
+                    mask=(j < r)[:, None] & within,
                     other=0.0,
                 )
                 gram = tl.load(
                     others + i[:, None] * r + j[None, :],
-                    mask=(i < r)[:, None] & (j < r)[None, :],
+                    mask=(i < r)[:, None] & (j < r)[None, :] & same,
                     other=0.0,
                 )
-                gradient = tl.dot(gram, p, gradient, input_precision="ieee")
-            place = g_at + i.to(tl.int64)[:, None] * size
-            projected = tl.zeros([R, T], tl.float32)
-            for partial in range(0, count):
-                slot = partial * r.to(tl.int64) * size
-                projected += tl.load(place + slot, mask=inside, other=0.0)
+                gradient = tl.dot(gram, old, gradient, input_precision="ieee")
             gradient = mean * gradient - mean * projected
             if CHUNKED:
                 tl.store(place, gradient, mask=inside)
@@ -172,21 +206,24 @@ def update(
 
     for i0 in range(0, end, R):
         i = i0 + ranks
-        inside = (i < r)[:, None] & within[None, :]
+        inside = (i < r)[:, None] & within
         place = i.to(tl.int64)[:, None] * row
-        new = tl.load(p_at + place, mask=inside, other=0.0)
+        new = old
+        if FIRST or CHUNKED:
+            new = tl.load(p_at + place, mask=inside, other=0.0)
         if not FIRST:
             if CHUNKED:
                 gradient = tl.load(g_at + i.to(tl.int64)[:, None] * size, mask=inside, other=0.0)
             change = gradient
             if ADAM:
-                m = tl.load(m_at + place, mask=inside, other=0.0)
-                v = tl.load(v_at + place, mask=inside, other=0.0)
+                if CHUNKED:
+                    m = tl.load(m_at + place, mask=inside, other=0.0)
+                    v = tl.load(v_at + place, mask=inside, other=0.0)
                 m += one_minus_beta1 * (gradient - m)
                 v = beta2 * v + one_minus_beta2 * (gradient * gradient)
                 tl.store(m_at + place, m, mask=inside)
                 tl.store(v_at + place, v, mask=inside)
-                change = tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + eps)
+                change = m / (tl.sqrt(v) * inverse_root + eps)
             new = tl.where(inside, new - alpha * change, 0.0)
             tl.store(p_at + place, new, mask=inside)
         _pack(new, packed, width, i, columns, inside, dtype, PARTS)
@@ -202,18 +239,19 @@ def update(
             if CHUNKED:
                 left = tl.load(
                     p_at + i.to(tl.int64)[:, None] * row,
-                    mask=(i < r)[:, None] & within[None, :],
+                    mask=(i < r)[:, None] & within,
                     other=0.0,
                 )
                 right = tl.load(
                     p_at + j.to(tl.int64)[:, None] * row,
-                    mask=(j < r)[:, None] & within[None, :],
+                    mask=(j < r)[:, None] & within,
                     other=0.0,
                 )
+            place = ((tile * GROUPS + part).to(tl.int64) * r * r + i * r)[:, None] + j[None, :]
             tl.store(
-                own + i[:, None] * r + j[None, :],
+                own + place,
                 tl.dot(left, tl.trans(right), input_precision="ieee"),
-                mask=(i < r)[:, None] & (j < r)[None, :],
+                mask=(i < r)[:, None] & (j < r)[None, :] & same,
             )
 
 
@@ -224,14 +262,16 @@ class UpdateVariant:
     dtype: torch.dtype  # of W
     parts: int
     rank: int
+    groups: int
     chunked: bool
     adam: bool
     first: bool
+    whole: bool = False
 
     @property
     def columns(self) -> int:
-        """Of a tile: as many as fit the registers."""
-        return 256 if self.rank == 16 and not self.chunked else 128
+        """Of a tile."""
+        return self.groups * COLUMNS[self.rank]
 
     def constants(self) -> dict[str, object]:
         """The constexpr arguments of `update`."""
@@ -239,19 +279,22 @@ class UpdateVariant:
             "dtype": common.TRITON_DTYPES[self.dtype],
             "PARTS": self.parts,
             "R": self.rank,
+            "GROUPS": self.groups,
             "CHUNKED": self.chunked,
             "ADAM": self.adam,
             "FIRST": self.first,
-            "T": self.columns,
+            "T": COLUMNS[self.rank],
+            "IN_FLIGHT": _IN_FLIGHT,
+            "WHOLE": self.whole,
         }
 
 
 def update_variant(dtype: torch.dtype, r: int, adam: bool, first: bool) -> UpdateVariant:
-    """The form of `update` for rank r; beyond 32, 16 ranks are taken at a time. The first launch of
-    a call is the same for Adam and plain descent.
+    """The form of `update` for rank r, of any sizes; beyond 32, 16 ranks are taken at a time. The
+    first launch of a call is the same for Adam and plain descent.
     """
-    rank = 32 if 16 < r <= 32 else 16
-    return UpdateVariant(dtype, parts_of(dtype), rank, r > 32, adam or first, first)
+    rank, groups, chunked = (32 if 16 < r <= 32 else 16), (2 if r <= 8 else 1), r > 32
+    return UpdateVariant(dtype, parts_of(dtype), rank, groups, chunked, adam or first, first)
 
 
 def parts_of(dtype: torch.dtype) -> int:
@@ -301,6 +344,14 @@ class _Problem:
     rank: int
     state: tuple[int, ...]  # addresses of params, m, v
 
+    def update(self, first: bool = False) -> UpdateVariant:
+        """The form of `update` for this layer."""
+        form = update_variant(self.dtype, self.rank, len(self.state) > 1, first)
+        whole = not any(size % form.columns for size in self.sizes) and not any(
+            address % 16 for address in self.state
+        )
+        return replace(form, whole=whole and not form.chunked)
+
 
 def _sessions_of(
     group: Sequence[Tensor],
@@ -320,8 +371,8 @@ def _sessions_of(
     key = (tuple(problems), devices, constants)
     if key not in _latest:
         sessions = [
-            _Session(form, group[members[0]].device, [problems[i] for i in members], constants, fit)
-            for form, members, fit in _classes(group, params)
+            _Session(form, group[members[0]].device, [problems[i] for i in members], constants)
+            for form, members in _classes(group, problems)
         ]
         _latest.clear()
         _latest[key] = sessions
@@ -334,30 +385,15 @@ def _stream(device: torch.device) -> int:
 
 
 def _classes(
-    group: Sequence[Tensor], params: Sequence[Tensor]
-) -> Iterator[tuple[Variant, list[int], bool]]:
-    """(variant, indices, whether W stays in the L2) of layers that run together."""
+    group: Sequence[Tensor], problems: Sequence[_Problem]
+) -> Iterator[tuple[Variant, list[int]]]:
+    """(variant, indices) of layers that run together."""
     classes: dict[tuple[object, ...], list[int]] = {}
-    for i, (weight, p) in enumerate(zip(group, params, strict=True)):
-        form = common.variant(weight, p.shape[0], parts_of(weight.dtype))
-        update = update_variant(weight.dtype, p.shape[0], True, False)
-        resident = weight.nbytes <= _l2_bytes(weight.device)
-        classes.setdefault((form, update, resident, weight.device), []).append(i)
-    for (form, _, resident, device), members in classes.items():
-        together: list[int] = []
-        for i in members:
-            used = sum(group[j].nbytes for j in together)
-            if resident and together and used + group[i].nbytes > _l2_bytes(device):
-                yield form, together, resident
-                together = []
-            together.append(i)
-        yield form, together, resident
-
-
-def _l2_bytes(device: torch.device) -> float:
-    if device.type != "cuda":
-        return _L2_SHARE * _L2_INTERPRETED
-    return _L2_SHARE * torch.cuda.get_device_properties(device).L2_cache_size
+    for i, (weight, problem) in enumerate(zip(group, problems, strict=True)):
+        form = common.variant(weight, problem.rank, parts_of(weight.dtype))
+        classes.setdefault((form, problem.update(), weight.device), []).append(i)
+    for (form, _, _), members in classes.items():
+        yield form, members
 
 
 class _Session:
@@ -369,12 +405,9 @@ class _Session:
         device: torch.device,
         problems: Sequence[_Problem],
         constants: tuple[float, float, float],
-        resident: bool,
     ):
         self._form, self.device = form, device
-        adam = len(problems[0].state) > 1
-        self._update = update_variant(form.dtype, problems[0].rank, adam, False)
-        self._first = update_variant(form.dtype, problems[0].rank, adam, True)
+        self._update, self._first = (problems[0].update(first) for first in (False, True))
         beta1, beta2, eps = constants
         self._constants = (1 - beta1, beta2, 1 - beta2, eps)
         self._replays = device.type == "cuda"
@@ -387,16 +420,16 @@ class _Session:
         capability = common.capability_of(device)
         for index, problem in enumerate(problems):
             r = problem.rank
-            blocks = common.plan(problem.sizes, form, r, r, capability, resident)
-            plans += [blocks] * blocks.reads
+            blocks = common.plan(problem.sizes, form, r, r, capability)
+            plans += [blocks.blocks] * blocks.reads
             for side, size in enumerate(problem.sizes):
                 tiles += [(index, side, tile) for tile in range(self._tiles_of(size))]
             for name, new in self._rows(problem, blocks).items():
                 rows[name] += new
-        spans = common.span_programs(size for _, _, size, _ in rows["sums"])
+        spans = common.span_programs(tuple(size for _, _, size, _ in rows["sums"]))
         hidden = np.stack([-1 - spans[:, 0], spans[:, 1], 0 * spans[:, 0]], axis=1)
-        # The sums first: they are then done long before the last block of W.
-        programs = np.concatenate([hidden, common.block_programs(plans)]).astype(np.int32)
+        # Last, where the blocks of W leave multiprocessors idle.
+        programs = np.concatenate([common.block_programs(tuple(plans)), hidden]).astype(np.int32)
         tables = [np.array(table, np.int64) for table in rows.values()]
         tables += [programs, np.array(tiles, np.int32)]
         self._layers, self._sums, self._updates, self._blocks, self._tiles = common.upload(
@@ -416,7 +449,7 @@ class _Session:
             elements = blocks.reads * form.rank * form.parts * width
             packed.append(self._scratch(elements, form.dtype).zero_().data_ptr())
             partials.append(self._scratch(count * r * size, torch.float32).data_ptr())
-            elements = self._tiles_of(size) * r * r
+            elements = self._groups_of(size) * r * r
             grams.append(self._scratch(elements, torch.float32).data_ptr())
             totals.append(self._scratch(r * r, torch.float32).data_ptr())
         m_and_v = problem.state[1:] or problem.state * 2  # plain descent touches none
@@ -435,16 +468,20 @@ class _Session:
                 (start + 4 * first * size, r * size)
                 for start, size in zip(partials, sizes, strict=True)
             )
-            layer = (*problem.weight, *sizes, blocks.rows, blocks.columns, *a, *b, ranks, ranks)
+            layer = (*problem.weight, *sizes, blocks.rows, *a, *b, ranks, ranks)
             layers.append((*layer, *left, *right, *(self._unscale.data_ptr(),) * 2))
         sums = [
-            (gram, self._tiles_of(size), r * r, total)
+            (gram, self._groups_of(size), r * r, total)
             for gram, size, total in zip(grams, sizes, totals, strict=True)
         ]
         return {"layers": layers, "sums": sums, "updates": [update]}
 
     def _tiles_of(self, size: int) -> int:
         return -(-size // self._update.columns)
+
+    def _groups_of(self, size: int) -> int:
+        """Each leaves a Gram matrix."""
+        return self._tiles_of(size) * self._update.groups
 
     def _scratch(self, elements: int, dtype: torch.dtype) -> Tensor:
         self._buffers.append(common.scratch(elements, dtype, self.device))

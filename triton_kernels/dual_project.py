@@ -138,11 +138,15 @@ def dual_project(
             continue
         form = common.variant(weight, max(p, q), parts)
         capability = common.capability_of(weight.device)
+        blocks = common.plan(weight.shape, form, p, q, capability)
+        members = pieces.setdefault((form, weight.device), [])
+        if max(p, q) <= form.rank:
+            members.append(_Piece(weight, a, bt, left, right, blocks))
+            continue
         for first in range(0, max(p, q), form.rank):
             ranks = slice(first, first + form.rank)
             piece = (a[ranks], bt[ranks], left[ranks], right[ranks])
-            blocks = common.plan(weight.shape, form, p, q, capability)
-            pieces.setdefault((form, weight.device), []).append(_Piece(weight, *piece, blocks))
+            members.append(_Piece(weight, *piece, blocks))
     for (form, device), members in pieces.items():
         with torch.cuda.device_of(members[0].weight):
             _run(form, members, device)
@@ -167,14 +171,14 @@ def _run(form: Variant, pieces: list[_Piece], device: torch.device) -> None:
     # A product that one program completes goes where it belongs at once.
     room = [n * t.numel() if n > 1 else 0 for n, t in zip(counts, products, strict=True)]
     partials = common.scratch(sum(room), torch.float32, device)
-    starts = partials.data_ptr() + 4 * np.cumsum([0, *room])
+    starts = (partials.data_ptr() + 4 * np.cumsum([0, *room])).tolist()
 
     packs, layers, sums = [], [], []
-    for i, (factor, width) in enumerate(
-        zip([f for piece in pieces for f in (piece.A, piece.Bt)], widths, strict=True)
-    ):
+    factors = [factor for piece in pieces for factor in (piece.A, piece.Bt)]
+    unscales = range(unscale.data_ptr(), 1 << 63, 4 * form.rank)
+    for factor, end, width, scale in zip(factors, ends.tolist(), widths, unscales, strict=False):
         source = (factor.data_ptr(), *factor.stride(), *factor.shape)
-        packs.append((*source, ends[i], width, unscale[i * form.rank :].data_ptr()))
+        packs.append((*source, end, width, scale))
     for i, piece in enumerate(pieces):
         left, right = (
             (starts[j] if counts[j] > 1 else products[j].data_ptr(), products[j].numel())
@@ -183,7 +187,7 @@ def _run(form: Variant, pieces: list[_Piece], device: torch.device) -> None:
         layers.append(
             (
                 *(piece.weight.data_ptr(), *piece.weight.stride(), *piece.weight.shape),
-                *(piece.plan.rows, piece.plan.columns),
+                piece.plan.rows,
                 *(packs[2 * i][5:7] + packs[2 * i + 1][5:7]),
                 *(piece.A.shape[0], piece.Bt.shape[0], *left, *right),
                 *(packs[2 * i][7], packs[2 * i + 1][7]),
@@ -193,10 +197,12 @@ def _run(form: Variant, pieces: list[_Piece], device: torch.device) -> None:
         if count > 1 and product.numel():
             sums.append((start, count, product.numel(), product.data_ptr()))
 
-    tables = [np.zeros(1, np.int32), np.array(packs, np.int64), common.span_programs(widths, _SPAN)]
-    tables += [np.array(layers, np.int64), common.block_programs(p.plan for p in pieces)]
+    tables = [np.zeros(1, np.int32), np.array(packs, np.int64)]
+    tables += [common.span_programs(tuple(widths), _SPAN), np.array(layers, np.int64)]
+    tables += [common.block_programs(tuple(piece.plan.blocks for piece in pieces))]
     if sums:
-        tables += [np.array(sums, np.int64), common.span_programs(s[2] for s in sums)]
+        sizes = tuple(size for _, _, size, _ in sums)
+        tables += [np.array(sums, np.int64), common.span_programs(sizes)]
     counter, tasks, programs, layer_table, blocks, *reduction = common.upload(tables, device)
     common.launch(pack, len(programs), tasks, programs, **pack_constants(form))
     common.launch_products(form, layer_table, blocks, counter, sums=layer_table)

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "descend.h"
 #include "lora_linear.h"
 
 namespace py = pybind11;
@@ -51,4 +52,25 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("x"), py::arg("R"), py::arg("S"), py::arg("B"), py::arg("bias"),
       py::arg("y"), py::arg("sizes"), py::arg("strides"), py::arg("bf16"), py::arg("transposed"),
       py::arg("tile_n") = 0, py::arg("cluster") = 0, py::arg("device"), py::arg("stream"));
+
+  m.def("why_no_descend", &why_no_descend, py::arg("device"));
+  m.def("descend_capacity", &descend_capacity, py::arg("ranks"), py::arg("device"));
+  m.def("descend_region_bytes", &descend_region_bytes, py::arg("ranks"));
+  m.def(
+      "descend",
+      [](uintptr_t layers, int64_t blocks, int64_t most_blocks, int64_t steps, uintptr_t schedule,
+         uintptr_t workspace, uintptr_t counters, int64_t counter_bytes,
+         std::pair<double, double> betas, double eps, int ranks, bool bf16, bool adam, int ctas,
+         int device, uintptr_t stream) {
+        descend({pointer(layers), blocks, most_blocks, steps,
+                 static_cast<const float*>(pointer(schedule)),
+                 const_cast<void*>(pointer(workspace)), const_cast<void*>(pointer(counters)),
+                 counter_bytes, float(1 - betas.first), float(betas.second),
+                 float(1 - betas.second), float(eps), ranks, bf16, adam, ctas, device,
+                 reinterpret_cast<cudaStream_t>(stream)});
+      },
+      py::kw_only(), py::arg("layers"), py::arg("blocks"), py::arg("most_blocks"), py::arg("steps"),
+      py::arg("schedule"), py::arg("workspace"), py::arg("counters"), py::arg("counter_bytes"),
+      py::arg("betas"), py::arg("eps"), py::arg("ranks"), py::arg("bf16"), py::arg("adam"),
+      py::arg("ctas"), py::arg("device"), py::arg("stream"));
 }

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora_init import native
+from lora_init.ops.descend import DescentState
 from lora_init.ops.philox import keep_mask, keep_rate
 
 NAME = "cuda"
 PRIORITY = 20
 VERIFIED: tuple[str, ...] = ()
 
-_OPS = ("lora_linear",)
+_OPS = ("descend", "lora_linear")
+# Of csrc/blocks.h.
+_BLOCK, _COUNTER_BYTES, _MOST_STEPS = 256, 32, 1 << 20
 # Op -> the compute capabilities where a file in benchmarks/results/ shows it faster than Triton.
 _FASTER: dict[str, tuple[tuple[int, int], ...]] = {}
 
@@ -35,14 +40,83 @@ def why_unsupported(op: str, *args: Any) -> str | None:
         return f"has no op {op!r}"
     if native.module() is None:
         return "lora_init._C is not built: LORA_INIT_CUDA=1 pip install does that, or says why not"
-    return _why_not_lora_linear(*args)
+    return _why_not_descend(*args) if op == "descend" else _why_not_lora_linear(*args)
 
 
 def why_not_auto(op: str, *args: Any) -> str | None:
     """Why `auto` passes it over for a call that it could run."""
-    if torch.cuda.get_device_capability(args[0].device) in _FASTER.get(op, ()):
+    device = args[0].device if isinstance(args[0], Tensor) else args[0][0].device
+    if torch.cuda.get_device_capability(device) in _FASTER.get(op, ()):
         return None
     return "no committed result shows it faster here"
+
+
+def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
+    module = native.module()
+    assert module is not None
+    optimizer = state.optimizer
+    schedule = optimizer.schedule(state.step, steps).astype(np.float32)
+    # By a matrix' own rank, so that its bits do not depend on the group's.
+    classes: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
+    for i, (W, params) in enumerate(zip(group, state.params, strict=True)):
+        classes.setdefault((W.device, W.dtype, _ranks(params)), []).append(i)
+    for (device, dtype, ranks), members in classes.items():
+        table = descend_table([group[i] for i in members], state.take(members))
+        ctas = min(table.blocks, _capacity(ranks, device.index))
+        layers, rates = (torch.from_numpy(t).to(device) for t in (table.layers, schedule))
+        counters = torch.empty(table.counter_bytes, dtype=torch.uint8, device=device)
+        size = module.descend_region_bytes(ranks) * ctas
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        module.descend(
+            layers=layers.data_ptr(),
+            blocks=table.blocks,
+            most_blocks=table.most_blocks,
+            steps=steps,
+            schedule=rates.data_ptr(),
+            workspace=workspace.data_ptr(),
+            counters=counters.data_ptr(),
+            counter_bytes=table.counter_bytes,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            ranks=ranks,
+            bf16=dtype == torch.bfloat16,
+            adam=optimizer.name == "adam",
+            ctas=ctas,
+            device=device.index,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )
+
+
+@dataclass(frozen=True)
+class DescendTable:
+    """What csrc/descend.cuh is told about a group.
+
+    Attributes:
+        layers: int64, a row for each matrix: its address and strides, sizes and rank, the addresses
+            of its state, its first block and its first counter.
+        blocks: of all matrices.
+        most_blocks: of the largest.
+    """
+
+    layers: np.ndarray
+    blocks: int
+    most_blocks: int
+    counter_bytes: int
+
+
+def descend_table(group: Sequence[Tensor], state: DescentState) -> DescendTable:
+    rows, blocks, counters = [], [0], 0
+    for i, (W, params) in enumerate(zip(group, state.params, strict=True)):
+        # Plain descent touches no moments.
+        tensors = (params, *(state.moments[i] if state.moments else (params, params)))
+        addresses = (t.data_ptr() for t in tensors)
+        size = (*W.shape, params.shape[0])
+        rows.append((W.data_ptr(), *W.stride(), *size, *addresses, blocks[-1], counters))
+        row_blocks, column_blocks = (-(-size // _BLOCK) for size in W.shape)
+        blocks.append(blocks[-1] + row_blocks * column_blocks)
+        counters += 3 + 2 * (row_blocks + column_blocks)
+    layers = np.array(rows, np.int64)
+    return DescendTable(layers, blocks[-1], int(np.diff(blocks).max()), counters * _COUNTER_BYTES)
 
 
 def lora_linear_forward(
@@ -170,6 +244,48 @@ def _dropped(tensor: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     if seed is None:
         return tensor
     return tensor.masked_fill(~keep_mask(seed, tensor.shape[0], tensor.shape[1], dropout_p), 0)
+
+
+def _ranks(params: Tensor) -> int:
+    return 8 if params.shape[0] <= 8 else 16
+
+
+def _why_not_descend(group: Sequence[Tensor], state: DescentState, steps: int) -> str | None:
+    if not group:
+        return "has nothing to do for no matrices"
+    if steps >= _MOST_STEPS:
+        return f"takes fewer than {_MOST_STEPS} steps a call, not {steps}"
+    state_tensors = [*state.params, *(t for pair in state.moments for t in pair)]
+    if not all(t.dtype == torch.float32 and t.is_contiguous() for t in state_tensors):
+        return "descends contiguous float32 factors and moments"
+    for W, params in zip(group, state.params, strict=True):
+        if W.dtype not in (torch.bfloat16, torch.float16):
+            return f"keeps matrices in bfloat16 and float16 on chip, not {str(W.dtype)[6:]}"
+        if params.shape[0] > 16:
+            return f"takes up to 16 ranks, not {params.shape[0]}"
+        if W.device.type != "cuda" or torch.version.cuda is None:
+            return f"runs on NVIDIA GPUs; the tensors are on {W.device.type}"
+        if reason := _why_not_descend_on(W.device.index):
+            return reason
+        blocks = -(-W.shape[0] // _BLOCK) * -(-W.shape[1] // _BLOCK)
+        if blocks > (most := _capacity(_ranks(params), W.device.index)):
+            return f"keeps {most} blocks of 256 × 256 on chip, {tuple(W.shape)} has {blocks}"
+    return None
+
+
+@cache
+def _why_not_descend_on(index: int) -> str | None:
+    module = native.module()
+    assert module is not None
+    reason: str | None = module.why_no_descend(index)
+    return reason
+
+
+@cache
+def _capacity(ranks: int, index: int) -> int:
+    module = native.module()
+    assert module is not None
+    return int(module.descend_capacity(ranks, index))
 
 
 def _why_not_lora_linear(*args: Any) -> str | None:

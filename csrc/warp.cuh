@@ -1,0 +1,130 @@
+// What the kernels on mma.sync use of the machine, as functions. tests/simt.h has the same ones for
+// the host.
+#pragma once
+
+#ifndef __CUDACC__
+#include "simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace lora_init::warp {
+
+struct Words {
+  uint32_t x[4];
+};
+
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8 × 8 matrices, their rows where the lanes point: two elements of a row a lane.
+__device__ __forceinline__ Words load_matrix(const void* pointer) {
+  Words w;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x[0]), "=r"(w.x[1]), "=r"(w.x[2]), "=r"(w.x[3])
+               : "r"(shared_address(pointer))
+               : "memory");
+  return w;
+}
+
+// Two elements of a column a lane.
+__device__ __forceinline__ Words load_transposed(const void* pointer) {
+  Words w;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x[0]), "=r"(w.x[1]), "=r"(w.x[2]), "=r"(w.x[3])
+               : "r"(shared_address(pointer))
+               : "memory");
+  return w;
+}
+
+// An 8 × 8 matrix in registers, from the first form to the second.
+__device__ __forceinline__ uint32_t transpose(uint32_t word) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
+  return result;
+}
+
+// 16 bytes from global to shared memory, zeros unless `inside`; past the L1.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// What another CTA has written: the L1 may hold what was there before.
+__device__ __forceinline__ float load_shared_by_all(const float* pointer) {
+  return __ldcg(pointer);
+}
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* pointer) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+// Before `add`, and after what all threads wrote and a sync_threads.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+__device__ __forceinline__ void add(uint32_t* pointer) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(pointer) : "memory");
+}
+
+__device__ __forceinline__ void stop() { __trap(); }
+
+__device__ __forceinline__ void sync_threads() { __syncthreads(); }
+
+// Of the lane that has number `lane` among `width` neighbours.
+__device__ __forceinline__ float from_lane(float value, int lane, int width) {
+  return __shfl_sync(0xffffffff, value, lane, width);
+}
+
+__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ float root(float a) { return __fsqrt_rn(a); }
+
+struct Bf16 {
+  static __device__ __forceinline__ uint16_t round(float x) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+  }
+  static __device__ __forceinline__ float value(uint16_t x) {
+    return __bfloat162float(__ushort_as_bfloat16(x));
+  }
+  // d (16 × 8) += a (16 × 16) b (16 × 8)
+  static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                             uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+};
+
+struct Fp16 {
+  static __device__ __forceinline__ uint16_t round(float x) {
+    return __half_as_ushort(__float2half_rn(x));
+  }
+  static __device__ __forceinline__ float value(uint16_t x) {
+    return __half2float(__ushort_as_half(x));
+  }
+  static __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                             uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+};
+
+}  // namespace lora_init::warp
+
+#endif

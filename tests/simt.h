@@ -1,0 +1,299 @@
+// A multiprocessor on the host, for kernels written on csrc/warp.cuh: every CUDA thread is a fiber,
+// and which one goes on is drawn at random, so that what is not synchronised comes out differently
+// from seed to seed. Warp instructions are done lane by lane as the PTX ISA describes their
+// fragments. Asynchronous copies arrive when they are waited for, no earlier.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define threadIdx (lora_init::simt::machine->current->thread)
+#define blockIdx (lora_init::simt::machine->current->cta->index)
+#define gridDim (lora_init::simt::machine->grid)
+
+inline int min(int a, int b) { return a < b ? a : b; }
+
+namespace lora_init::simt {
+
+struct Dim {
+  int x;
+};
+
+struct Fiber;
+
+struct Barrier {
+  int size;
+  std::vector<Fiber*> waiting;
+};
+
+struct Warp {
+  Barrier barrier{32, {}};
+  alignas(16) char slots[2][32][16];  // what lanes show each other, two collectives deep
+};
+
+struct Cta {
+  Dim index;
+  std::vector<char> memory;
+  Barrier barrier;
+  std::vector<Warp> warps;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool inside;
+};
+
+struct Fiber {
+  Dim thread;
+  Cta* cta;
+  Warp* warp;
+  int lane, collectives = 0;
+  std::vector<Copy> copies;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+};
+
+struct Machine {
+  Dim grid;
+  std::vector<Fiber*> ready;
+  Fiber* current = nullptr;
+  ucontext_t scheduler;
+  std::function<void()> kernel;
+};
+
+inline Machine* machine = nullptr;
+
+inline void yield() { swapcontext(&machine->current->context, &machine->scheduler); }
+
+inline void wait(Barrier& barrier) {
+  barrier.waiting.push_back(machine->current);
+  if (int(barrier.waiting.size()) < barrier.size) {
+    std::swap(*std::find(machine->ready.begin(), machine->ready.end(), machine->current),
+              machine->ready.back());
+    machine->ready.pop_back();
+    yield();
+    return;
+  }
+  barrier.waiting.pop_back();
+  machine->ready.insert(machine->ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+  barrier.waiting.clear();
+}
+
+// What every lane of the warp shows at this point of the program.
+template <typename T>
+const T (&gather(const T& mine))[32] {
+  static_assert(sizeof(T) <= 16);
+  Fiber& fiber = *machine->current;
+  auto& slots = fiber.warp->slots[fiber.collectives++ & 1];
+  // 32 slots of T, packed
+  std::memcpy(reinterpret_cast<char*>(slots) + fiber.lane * sizeof(T), &mine, sizeof(T));
+  wait(fiber.warp->barrier);
+  return *reinterpret_cast<const T(*)[32]>(slots);
+}
+
+inline void start() {
+  machine->kernel();
+  auto& ready = machine->ready;
+  std::swap(*std::find(ready.begin(), ready.end(), machine->current), ready.back());
+  ready.pop_back();
+  yield();
+}
+
+// Runs a kernel; false if its threads wait for each other for ever.
+inline bool launch(int grid, int threads, int shared_bytes, unsigned seed,
+                   std::function<void()> kernel) {
+  constexpr int kStack = 256 << 10;
+  constexpr int64_t kSwitches = int64_t(1) << 30;
+  Machine here{{grid}, {}, nullptr, {}, std::move(kernel)};
+  machine = &here;
+  std::vector<Cta> ctas(grid);
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  for (int i = 0; i < grid; ++i) {
+    ctas[i].index = {i};
+    ctas[i].memory.assign(shared_bytes, char(0xff));
+    ctas[i].barrier = {threads, {}};
+    ctas[i].warps.resize(threads / 32);
+    for (int j = 0; j < threads; ++j) {
+      auto fiber = std::make_unique<Fiber>();
+      fiber->thread = {j};
+      fiber->cta = &ctas[i];
+      fiber->warp = &ctas[i].warps[j / 32];
+      fiber->lane = j % 32;
+      fiber->stack.reset(new char[kStack]);
+      getcontext(&fiber->context);
+      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_size = kStack;
+      makecontext(&fiber->context, start, 0);
+      here.ready.push_back(fiber.get());
+      fibers.push_back(std::move(fiber));
+    }
+  }
+  std::mt19937 random(seed);
+  int64_t switches = 0;
+  while (!here.ready.empty() && ++switches < kSwitches) {
+    here.current = here.ready[random() % here.ready.size()];
+    swapcontext(&here.scheduler, &here.current->context);
+  }
+  bool stuck = !here.ready.empty();
+  for (const Cta& cta : ctas) {
+    stuck |= !cta.barrier.waiting.empty();
+    for (const Warp& warp : cta.warps) stuck |= !warp.barrier.waiting.empty();
+  }
+  machine = nullptr;
+  return !stuck;
+}
+
+}  // namespace lora_init::simt
+
+namespace lora_init::warp {
+
+using simt::gather;
+using simt::machine;
+
+struct Words {
+  uint32_t x[4];
+};
+
+inline char* shared_memory() { return machine->current->cta->memory.data(); }
+
+inline uint16_t half_of(uint32_t word, int i) { return uint16_t(word >> (16 * i)); }
+
+// Row i of matrix q is where lane 8q + i points; lane l gets its elements 2(l mod 4) and the next
+// of row l / 4, or of column l / 4.
+inline Words load_matrix(const void* pointer) {
+  const auto& rows = gather(static_cast<const uint16_t*>(pointer));
+  const int lane = machine->current->lane;
+  Words w;
+  for (int q = 0; q < 4; ++q) {
+    const uint16_t* row = rows[8 * q + lane / 4] + lane % 4 * 2;
+    w.x[q] = uint32_t(row[0]) | uint32_t(row[1]) << 16;
+  }
+  return w;
+}
+
+inline Words load_transposed(const void* pointer) {
+  const auto& rows = gather(static_cast<const uint16_t*>(pointer));
+  const int lane = machine->current->lane;
+  Words w;
+  for (int q = 0; q < 4; ++q) {
+    const uint16_t first = rows[8 * q + lane % 4 * 2][lane / 4];
+    w.x[q] = first | uint32_t(rows[8 * q + lane % 4 * 2 + 1][lane / 4]) << 16;
+  }
+  return w;
+}
+
+inline uint32_t transpose(uint32_t word) {
+  const auto& words = gather(word);
+  const int lane = machine->current->lane, column = lane / 4, row = lane % 4 * 2;
+  const auto element = [&](int i) { return half_of(words[i * 4 + column / 2], column % 2); };
+  return element(row) | uint32_t(element(row + 1)) << 16;
+}
+
+inline void copy_async(void* to, const void* from, bool inside) {
+  machine->current->copies.push_back({to, from, inside});
+}
+
+inline void wait_copies() {
+  for (const auto& copy : machine->current->copies) {
+    std::memset(copy.to, 0, 16);
+    if (copy.inside) std::memcpy(copy.to, copy.from, 16);
+  }
+  machine->current->copies.clear();
+}
+
+inline float load_shared_by_all(const float* pointer) { return *pointer; }
+
+inline uint32_t load_acquire(const uint32_t* pointer) {
+  simt::yield();
+  return *pointer;
+}
+
+inline void fence() {}
+inline void add(uint32_t* pointer) { ++*pointer; }
+inline void stop() { std::abort(); }
+inline void sync_threads() { simt::wait(machine->current->cta->barrier); }
+
+inline float from_lane(float value, int lane, int width) {
+  return gather(value)[machine->current->lane / width * width + lane];
+}
+
+inline float divide(float a, float b) { return a / b; }
+inline float root(float a) { return std::sqrt(a); }
+
+// mma.m16n8k16: lane l has of A rows l / 4 and 8 more, k 2(l mod 4), the next, and both 8 on; of B
+// column l / 4 and the same k; of D those rows and columns 2(l mod 4) and the next.
+template <typename Half>
+void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+              uint32_t b1) {
+  const Words mine{{a0, a1, a2, a3}};
+  const auto& a = gather(mine);
+  Words all[32];
+  std::memcpy(all, a, sizeof(all));
+  const auto& b = gather(uint64_t(b0) | uint64_t(b1) << 32);
+  const int lane = machine->current->lane;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t word = all[row % 8 * 4 + k % 8 / 2].x[row / 8 + k / 8 * 2];
+      const uint32_t other = uint32_t(b[column * 4 + k % 8 / 2] >> (k / 8 * 32));
+      sum += double(Half::value(half_of(word, k % 2))) * Half::value(half_of(other, k % 2));
+    }
+    d[i] = float(sum);
+  }
+}
+
+struct Bf16 {
+  static uint16_t round(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (std::isnan(x)) return 0x7fff;
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  static float value(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+  }
+  template <typename... Operands>
+  static void mma(float (&d)[4], Operands... operands) {
+    multiply<Bf16>(d, operands...);
+  }
+};
+
+struct Fp16 {
+  static uint16_t round(float x) {
+    const _Float16 rounded = _Float16(x);
+    uint16_t bits;
+    std::memcpy(&bits, &rounded, 2);
+    return bits;
+  }
+  static float value(uint16_t x) {
+    _Float16 half;
+    std::memcpy(&half, &x, 2);
+    return float(half);
+  }
+  template <typename... Operands>
+  static void mma(float (&d)[4], Operands... operands) {
+    multiply<Fp16>(d, operands...);
+  }
+};
+
+}  // namespace lora_init::warp

@@ -382,7 +382,7 @@ def prepared(
         S.copy_(one.x @ one.A.T)
         y = torch.empty_like(one.dy)
         call = partial(
-            launchers._matmul, one.x, one.R, y, S[None], one.B, None, None, 0.0, 16, True
+            launchers._matmul, one.x, one.R, y, S[None], one.B, None, None, 0.0, 16, True, True
         )
         return lambda tile: (call(tile), y)[1], lambda: linear(one.x, one.R), 0
     dS = torch.randn(4, M, 16, device=device).bfloat16()
@@ -394,7 +394,9 @@ def prepared(
         call = partial(launchers._project_columns, dS, one.x, 16, one.seed, p)
         return call, lambda: dS[0].T @ one.x, one.x.nbytes
     dx = torch.empty_like(one.x)
-    call = partial(launchers._matmul, one.dy, one.R, dx, dS, one.A, None, one.seed, p, 16, False)
+    call = partial(
+        launchers._matmul, one.dy, one.R, dx, dS, one.A, None, one.seed, p, 16, False, True
+    )
     return lambda tile: (call(tile), dx)[1], lambda: one.dy @ one.R, 0
 
 

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import common as results
-from lora_init.triton_kernels import common, descend, dual_project
+from lora_init.triton_kernels import common, descend, dual_project, lora_linear
 from lora_init.triton_kernels.common import Variant
 from lora_init.triton_kernels.descend import UpdateVariant
 
@@ -41,6 +41,17 @@ SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that one block may have."""
 RESULT = results.RESULTS / "kernel-report.json"
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+Dtypes = tuple[torch.dtype, torch.dtype]
+_LORA_DTYPES: tuple[Dtypes, ...] = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+)
+_LORA_ROWS = (2048, 4096, 8192)
+"""One of each class of rows that `lora_linear.schedule` tells apart."""
+_LORA_ALIGNED = ("K", "N", "ranks", "trained", "x_stride", "r_stride", "dy_stride")
 _ALIGNED = [["tt.divisibility", 16]]  # what the launch tells the compiler: `common.upload`
 
 
@@ -56,6 +67,8 @@ class Case:
     options: dict[str, int]
     wgmma: bool = False
     """Whether it must use wgmma."""
+    aligned: tuple[str, ...] = ()
+    """Numbers that the launch tells the compiler to be multiples of 16."""
 
 
 @dataclass
@@ -78,6 +91,7 @@ def cases(archs: Sequence[int] = tuple(SHARED_LIMIT)) -> Iterator[Case]:
         yield from _products(arch)
         yield from _updates(arch)
         yield from _small(arch)
+        yield from _lora_linear(arch)
 
 
 def variants() -> Iterator[Variant]:
@@ -135,13 +149,139 @@ def _small(arch: int) -> Iterator[Case]:
     yield Case("sum_partials", dual_project.sum_partials, signature, constants, arch, {})
 
 
+def _lora_linear(arch: int) -> Iterator[Case]:
+    """What `lora_linear.schedule` picks, with nothing left out of the backward."""
+    found = {}
+    for dtypes, ranks in product(_LORA_DTYPES, (16, 32, 64)):
+        for rows, first, tma in product(_LORA_ROWS, (False, True), {arch >= 90, False}):
+            plan = lora_linear.schedule(rows, ranks, dtypes, first, tma, divmod(arch, 10))
+            for case in (
+                *_projections(arch, dtypes, ranks, first, plan),
+                *_matmuls(arch, dtypes, ranks, first, tma, plan.matmul),
+            ):
+                found[case.name] = case
+    yield from found.values()
+
+
+def _projections(
+    arch: int, dtypes: Dtypes, ranks: int, dropout: bool, plan: lora_linear.Schedule
+) -> Iterator[Case]:
+    x, low = (f"*{common.TRITON_DTYPES[dtype].name}" for dtype in dtypes)
+    label = f"{_short(dtypes[0])}/{_short(dtypes[1])} r{ranks}{' dropout' if dropout else ''}"
+    sizes = dict.fromkeys(("M", "K", "ranks", "x_stride"), "i32")
+    seed = "*i64" if dropout else "constexpr"
+    tile = plan.project
+    yield Case(
+        f"project {label}, {tile.rows}x{tile.columns}",
+        lora_linear.project,
+        {"x": x, "a": low, "seed": seed, "target": low, **sizes, "scale": "fp32", "least": "i32"},
+        lora_linear.project_constants(dtypes, ranks, dropout, tile),
+        arch,
+        tile.options(),
+        aligned=_LORA_ALIGNED,
+    )
+    tile = plan.columns
+    sizes = dict.fromkeys(("M", "K", "ranks", "trained", "x_stride", "block", "least"), "i32")
+    for partials in (1, 8):
+        yield Case(
+            f"project_columns {label} of {partials}, {tile.rows}x{tile.columns}",
+            lora_linear.project_columns,
+            {"ds": low, "x": x, "seed": seed, "da": "*fp32", **sizes},
+            lora_linear.columns_constants(dtypes, ranks, dropout, partials, tile),
+            arch,
+            tile.options(),
+            aligned=_LORA_ALIGNED,
+        )
+    tile = plan.both
+    sizes = dict.fromkeys(("M", "N", "ranks", "trained", "dy_stride", "block"), "i32")
+    for bias in (False, True):
+        flags = (True, True, bias)
+        yield Case(
+            f"project_both {label}{' bias' if bias else ''}, {tile.rows}x{tile.columns}",
+            lora_linear.project_both,
+            {"dy": x, "b": low, "s": low, "ds": low, "db": "*fp32", **sizes, "scale": "fp32"},
+            lora_linear.both_constants(dtypes, ranks, flags, tile, divmod(arch, 10)),
+            arch,
+            tile.options(),
+            aligned=_LORA_ALIGNED,
+        )
+    names = ("K", "N", "trained", "a_count", "b_count", "a_programs", "b_programs")
+    yield Case(
+        f"sum_gradients {_short(dtypes[0])}/{_short(dtypes[1])} r{ranks}",
+        lora_linear.sum_gradients,
+        {"a_partials": "*fp32", "b_partials": "*fp32", "da": low, "db": low, "dbias": x}
+        | dict.fromkeys(names, "i32"),
+        lora_linear.sum_constants(ranks, (True, True, True)),
+        arch,
+        {},
+        aligned=_LORA_ALIGNED,
+    )
+
+
+def _matmuls(
+    arch: int, dtypes: Dtypes, ranks: int, first: bool, tma: bool, tile: lora_linear.Matmul
+) -> Iterator[Case]:
+    x, low = (f"*{common.TRITON_DTYPES[dtype].name}" for dtype in dtypes)
+    sizes = ("M", "N", "K", "ranks", "trained", "x_stride", "r_stride", "least")
+    kinds = [(True, False, False), (False, False, False)]  # transposed, dropout, halves
+    if first:
+        kinds = [
+            (True, False, True),
+            (False, True, False),
+            (False, False, True),
+            (False, True, True),
+        ]
+    for transposed, dropout, halves in kinds:
+        operands = dict.fromkeys(("x", "r", "y"), x)
+        if tma:
+            blocks = tile.blocks_of(transposed)
+            operands = {
+                name: f"tensordesc<{x[1:]}[{rows},{columns}]>"
+                for name, (rows, columns) in zip(operands, blocks, strict=True)
+            }
+        partials = 1 if transposed else 8
+        flags = [name for name, on in (("dropout", dropout), ("halves", halves)) if on]
+        yield Case(
+            " ".join(
+                [
+                    "adapted_matmul forward" if transposed else "adapted_matmul dX",
+                    f"{_short(dtypes[0])}/{_short(dtypes[1])} r{ranks}",
+                    *flags,
+                    "by TMA," if tma else "by pointers,",
+                    f"{tile.rows}x{tile.columns}x{tile.depth}",
+                ]
+            ),
+            lora_linear.adapted_matmul,
+            operands
+            | {"left": low, "right": low}
+            | {"bias": x if transposed else "constexpr", "seed": "*i64" if dropout else "constexpr"}
+            | dict.fromkeys(sizes, "i32"),
+            lora_linear.matmul_constants(
+                dtypes,
+                (ranks, ranks * (1 + halves)),
+                (transposed, transposed, dropout),
+                partials,
+                tma,
+                tile,
+            ),
+            arch,
+            tile.options(),
+            wgmma=arch == 90 and dtypes[0] != torch.float32,
+            aligned=_LORA_ALIGNED,
+        )
+
+
 def measure(case: Case) -> Row:
     """Compile a case and read its cubin."""
     signature = case.signature | dict.fromkeys(case.constants, "constexpr")
-    pointers = [i for i, kind in enumerate(case.signature.values()) if kind.startswith("*")]
-    attributes = {(i,): _ALIGNED for i in pointers}
+    none = {name: None for name, kind in case.signature.items() if kind == "constexpr"}
+    attributes = {
+        (i,): _ALIGNED
+        for i, (name, kind) in enumerate(case.signature.items())
+        if kind.startswith("*") or name in case.aligned
+    }
     compiled = triton.compile(
-        ASTSource(case.kernel, signature, case.constants, attributes),
+        ASTSource(case.kernel, signature, case.constants | none, attributes),
         target=GPUTarget("cuda", case.arch, 32),
         options=case.options,
     )

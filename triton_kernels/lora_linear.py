@@ -423,6 +423,7 @@ def sum_gradients(
     b_count,
     a_programs,
     b_programs,
+    DA: tl.constexpr,
     DB: tl.constexpr,
     BIAS: tl.constexpr,
     R: tl.constexpr,
@@ -432,35 +433,33 @@ def sum_gradients(
 
     Args:
         a_partials: fp32 (a_count, trained, K).
-        b_partials: fp32 (b_count, trained + BIAS, N).
+        b_partials: fp32 (b_count, trained or, unless DB, 0, + BIAS, N).
         da: (trained, K), contiguous.
-        db: (N, trained), contiguous; not written unless DB.
+        db: (N, trained), contiguous.
         dbias: (N,).
         a_programs, b_programs: how many sum da, and db and dbias, for R ranks.
     """
     spans = a_programs + b_programs
     rank = tl.program_id(0) // spans * R + tl.arange(0, R)
     span = tl.program_id(0) % spans
-    if span < a_programs:
+    if DA and span < a_programs:
         columns = span * SPAN + tl.arange(0, SPAN)
         total = _sum(a_partials, a_count, trained, K, rank, columns)
         inside = (rank < trained)[:, None] & (columns < K)[None, :]
-        place = da + rank.to(tl.int64)[:, None] * K + columns[None, :]
-        tl.store(place, _round(total, da.dtype.element_ty), mask=inside)
-    else:
+        at = rank.to(tl.int64)[:, None] * K + columns[None, :]
+        tl.store(da + at, _round(total, da.dtype.element_ty), mask=inside)
+    if (DB or BIAS) and span >= a_programs:
         columns = (span - a_programs) * SPAN + tl.arange(0, SPAN)
-        width = trained
-        if BIAS:
-            width += 1
-        total = _sum(b_partials, b_count, width, N, rank, columns)
+        width = trained if DB else 0
+        total = _sum(b_partials, b_count, width + BIAS, N, rank, columns)
         if DB:
-            inside = (rank < trained)[:, None] & (columns < N)[None, :]
-            place = db + columns.to(tl.int64)[None, :] * trained + rank[:, None]
-            tl.store(place, _round(total, db.dtype.element_ty), mask=inside)
+            inside = (rank < width)[:, None] & (columns < N)[None, :]
+            at = columns.to(tl.int64)[None, :] * width + rank[:, None]
+            tl.store(db + at, _round(total, db.dtype.element_ty), mask=inside)
         if BIAS:
-            inside = (rank == trained)[:, None] & (columns < N)[None, :]
-            place = dbias + columns[None, :] + rank[:, None] * 0
-            tl.store(place, _round(total, dbias.dtype.element_ty), mask=inside)
+            inside = (rank == width)[:, None] & (columns < N)[None, :]
+            at = columns[None, :] + rank[:, None] * 0
+            tl.store(dbias + at, _round(total, dbias.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -497,53 +496,72 @@ class Matmul:
         """How the kernel is compiled and launched."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
+    def blocks_of(self, transposed: bool) -> tuple[list[int], list[int], list[int]]:
+        """What TMA moves at a time of x, r and y."""
+        frozen = [self.depth, self.columns]
+        stored = self.columns // 2 if self.split_store else self.columns
+        return (
+            [self.rows, self.depth],
+            frozen[::-1] if transposed else frozen,
+            [self.rows, stored],
+        )
+
 
 @dataclass(frozen=True)
 class Schedule:
     """How a call is run: a tile for each kernel."""
 
-    forward: Matmul
-    backward: Matmul
+    matmul: Matmul
     project: Tile
     both: Tile
     columns: Tile
 
 
 def schedule(
-    rows: int, dtypes: tuple[torch.dtype, torch.dtype], first: bool, capability: tuple[int, int]
+    rows: int,
+    ranks: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    first: bool,
+    tma: bool,
+    capability: tuple[int, int],
 ) -> Schedule:
     """By the rows' order of magnitude, the dtypes and the GPU alone: nothing is timed at run time.
 
     Args:
         rows: M.
+        ranks: of all factors, trained or not.
         dtypes: of x and of A.
-        first: the low-rank product comes first in dX, see `adapted_matmul`.
+        first: the low-rank product comes first, see `adapted_matmul`.
+        tma: all operands of the frozen product can be read by TMA.
     """
     if dtypes[0] == torch.float32:
-        forward = backward = _MATMUL_FP32
+        matmul = _MATMUL_FP32
     else:
-        forward, *backwards = _MATMUL.get(capability, _MATMUL_SAFE)
-        backward = backwards[first]
+        matmul = _MATMUL.get(capability if tma else None, _MATMUL_SAFE)[first]
     if torch.float32 in dtypes:
-        return Schedule(forward, backward, _SKINNY_FP32, _SKINNY_FP32, _SKINNY_FP32)
+        return Schedule(matmul, **_SKINNY_FP32)
     # As many programs as there are SMs from 2,048 rows on.
     height = next((n for n in (64, 32) if rows >= 100 * n), 16)
     project = Tile(max(height, 32), 128, 8, 4)
-    return Schedule(forward, backward, project, Tile(4 * height, 64, 8, 3), Tile(64, 256, 8, 3))
+    columns = Tile(64 if ranks <= 32 else 32, 256, 8, 3)
+    return Schedule(matmul, project, Tile(4 * height, 64, 8, 3), columns)
 
 
-# Forward, dX, and dX with the low-rank product first. None has been timed yet.
-_MATMUL = {
+# Without and with the low-rank product first. None has been timed yet.
+_MATMUL: dict[object, tuple[Matmul, Matmul]] = {
     (9, 0): (
-        Matmul(128, 256, 64, 8, 3, split_store=True),
         Matmul(128, 256, 64, 8, 3, split_store=True),
         Matmul(128, 128, 64, 8, 3, blocks=2, split_store=True),
     ),
-    (10, 0): (Matmul(128, 128, 64, 8, 3),) * 3,
+    (10, 0): (Matmul(128, 128, 64, 8, 3), Matmul(128, 128, 64, 8, 3)),
 }
-_MATMUL_SAFE = (Matmul(128, 128, 32, 8, 3),) * 3
-_MATMUL_FP32 = Matmul(64, 64, 16, 8, 2)
-_SKINNY_FP32 = Tile(32, 128, 8, 2)
+_MATMUL_SAFE = (Matmul(128, 128, 32, 8, 3), Matmul(128, 128, 32, 8, 3))
+_MATMUL_FP32 = Matmul(64, 128, 16, 8, 2)
+_SKINNY_FP32 = {
+    "project": Tile(16, 128, 8, 2),
+    "both": Tile(32, 64, 8, 2),
+    "columns": Tile(32, 128, 8, 2),
+}
 
 
 def forward(
@@ -571,11 +589,11 @@ def forward(
     y = common.scratch(M * N, x.dtype, x.device).view(M, N)
     S = common.scratch(M * ranks, A.dtype, x.device).view(M, ranks)
     if M:
-        plan = _schedule(x, A, first=ranks > trained)
+        plan, tma = _schedule((x, R, y), A, first=ranks > trained)
         scale = scaling / keep_rate(dropout_p)
         _project(x, A.contiguous(), S, seed, dropout_p, scale, plan.project)
-        tile = plan.backward if ranks > trained else plan.forward
-        _matmul(x, R, y, S[None], B.contiguous(), bias, None, 0.0, trained, True, tile)
+        b = B.contiguous()
+        _matmul(x, R, y, S[None], b, bias, None, 0.0, trained, True, tma, plan.matmul)
     return y, S
 
 
@@ -611,7 +629,8 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
         return dx, dA, dB, dbias
-    plan = _schedule(dy, A, first=seed is not None or ranks > trained)
+    first = seed is not None or ranks > trained
+    plan, tma = _schedule((dy, R, dy if dx is None else dx), A, first)
     scale = scaling / keep_rate(dropout_p)
     need_dS = need_x or need_A
     dS, b_partials = _project_both(
@@ -623,7 +642,7 @@ def backward(
         a_partials = _project_columns(dS, _matrix(x), trained, seed, dropout_p, plan.columns)
     if dx is not None:
         a = A.contiguous()
-        _matmul(dy, R, dx, dS, a, None, seed, dropout_p, trained, False, plan.backward)
+        _matmul(dy, R, dx, dS, a, None, seed, dropout_p, trained, False, tma, plan.matmul)
     if need_A or need_B or need_bias:
         _sum_gradients(a_partials, b_partials, dA, dB, dbias, trained)
     return dx, dA, dB, dbias
@@ -634,9 +653,20 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
-def _schedule(x: Tensor, A: Tensor, first: bool) -> Schedule:
-    dtypes = (x.dtype, A.dtype)
-    return schedule(x.shape[0], dtypes, first, common.capability_of(x.device))
+def _schedule(
+    operands: tuple[Tensor, Tensor, Tensor], A: Tensor, first: bool
+) -> tuple[Schedule, bool]:
+    """For x, R and y, and whether TMA moves them."""
+    x = operands[0]
+    capability = common.capability_of(x.device)
+    tma = capability >= (9, 0) and TensorDescriptor is not None
+    tma = tma and all(_describable(tensor) for tensor in operands)
+    return schedule(x.shape[0], len(A), (x.dtype, A.dtype), first, tma, capability), tma
+
+
+def _describable(tensor: Tensor) -> bool:
+    aligned = tensor.data_ptr() % 16 == tensor.stride(0) * tensor.element_size() % 16 == 0
+    return aligned and tensor.stride(1) == 1
 
 
 def _project(
@@ -737,11 +767,10 @@ def _matmul(
     dropout_p: float,
     trained: int,
     transposed: bool,
+    tma: bool,
     tile: Matmul,
 ) -> None:
     (M, K), N, (partials, _, ranks) = x.shape, y.shape[1], left.shape
-    capability = common.capability_of(x.device)
-    tma = capability >= (9, 0) and all(_describable(t) for t in (x, R, y))
     constants = matmul_constants(
         (x.dtype, left.dtype),
         (trained, ranks),
@@ -752,14 +781,9 @@ def _matmul(
     )
     operands = (x, R, y)
     if tma:
-        frozen = [tile.columns, tile.depth] if transposed else [tile.depth, tile.columns]
-        blocks = (
-            [tile.rows, tile.depth],
-            frozen,
-            [tile.rows, tile.columns // (1 + tile.split_store)],
-        )
         operands = [
-            TensorDescriptor.from_tensor(*pair) for pair in zip(operands, blocks, strict=True)
+            TensorDescriptor.from_tensor(tensor, block)
+            for tensor, block in zip(operands, tile.blocks_of(transposed), strict=True)
         ]
     tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
     sizes = (M, N, K, ranks, trained, x.stride(0), R.stride(0))
@@ -772,12 +796,6 @@ def _matmul(
     )
 
 
-def _describable(tensor: Tensor) -> bool:
-    """Whether TMA can read it."""
-    aligned = tensor.data_ptr() % 16 == tensor.stride(0) * tensor.element_size() % 16 == 0
-    return TensorDescriptor is not None and aligned and tensor.stride(1) == 1
-
-
 def _sum_gradients(
     a_partials: Tensor | None,
     b_partials: Tensor,
@@ -788,15 +806,15 @@ def _sum_gradients(
 ) -> None:
     a_count, _, K = (0, 0, 0) if a_partials is None else a_partials.shape
     b_count, width, N = b_partials.shape
-    widest = max(trained if a_count or dB is not None else 0, width)
-    constants = sum_constants(widest, dB is not None, dbias is not None)
-    a_programs = triton.cdiv(K, _SPAN)
-    b_programs = triton.cdiv(N, _SPAN) if width else 0
-    sizes = (K, N, trained if dB is not None or a_count else 0, a_count, b_count)
+    widest = max(width, 0 if dA is None else trained)
+    flags = (dA is not None, dB is not None, dbias is not None)
+    constants = sum_constants(widest, flags)
+    a_programs, b_programs = triton.cdiv(K, _SPAN), triton.cdiv(N, _SPAN) if width else 0
     common.launch(
         sum_gradients,
-        (a_programs + b_programs) * triton.cdiv(widest, constants["R"]),
-        *(a_partials, b_partials, dA, dB, dbias, *sizes, a_programs, b_programs),
+        (a_programs + b_programs) * triton.cdiv(widest, padded(widest)),
+        *(a_partials, b_partials, dA, dB, dbias, K, N, trained, a_count, b_count),
+        *(a_programs, b_programs),
         **constants,
     )
 
@@ -890,7 +908,8 @@ def matmul_constants(
         "HALVES": total == 2 * trained,
         "PARTIALS": partials,
         "TMA": tma,
-        "R": padded(trained),
+        # A thread has no room for more beside its accumulators, or for as many beside addresses.
+        "R": min(padded(trained), 32 if tma else 16),
         "TM": tile.rows,
         "TN": tile.columns,
         "TK": tile.depth,
@@ -901,6 +920,7 @@ def matmul_constants(
     }
 
 
-def sum_constants(widest: int, dB: bool, bias: bool) -> dict[str, object]:
-    """The constexpr arguments of `sum_gradients`."""
-    return {"DB": dB, "BIAS": bias, "R": padded(widest), "SPAN": _SPAN}
+def sum_constants(widest: int, flags: tuple[bool, bool, bool]) -> dict[str, object]:
+    """The constexpr arguments of `sum_gradients`; flags: dA, dB and dbias are asked for."""
+    asked = dict(zip(("DA", "DB", "BIAS"), flags, strict=True))
+    return {**asked, "R": padded(widest), "SPAN": _SPAN}

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_init
 from lora_init import LoraInitError
+from lora_init.integrations.peft import shares
 from lora_init.integrations.peft.layers import lora_layers
 from tests.test_fuse import curve, merged
 from tests.test_peft import (
@@ -389,6 +390,28 @@ def test_quantised_bases_start_exactly_and_train(form: Callable, bits: int, tmp_
     assert torch.equal(logits(fresh.train()), live)
     model.merge_adapter()  # rounded to so few bits again
     assert distance(logits(model), live) < (0.3 if bits == 4 else 0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_layers_are_solved_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = quantised(llama(), 4)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=8)
+    states = []
+    for limit in (1 << 30, 1):
+        monkeypatch.setattr(shares, "_DEQUANTISED_BYTES", limit)
+        model = get_peft_model(copy.deepcopy(base), config)
+        initialize(model)
+        states.append({n: t for n, t in model.state_dict().items() if "lora_" in n})
+    assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_packed_base_is_refused() -> None:
+    model = get_peft_model(quantised(llama(), 4), LoraConfig(target_modules=["q_proj"], r=8))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(LoraInitError, match="q_proj: bitsandbytes packed its weight for the CPU"):
+        initialize(model)
 
 
 @pytest.mark.filterwarnings("ignore")

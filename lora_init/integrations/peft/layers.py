@@ -113,7 +113,7 @@ def _why_not(module: LoraLinear, adapter: str) -> str | None:
     """Why this layer cannot be initialised in any way, or None."""
     base = module.get_base_layer()
     weight: Any = getattr(base, "weight", None)
-    quantised = bool(get_bnb_param_type(weight))
+    quantised = is_quantised(weight)
     if not (isinstance(module, Linear) and isinstance(base, nn.Linear | Conv1D)) and not quantised:
         kind = f"{type(base).__name__} ({type(module).__name__})"
         return f"LoRA on {kind} is not supported, only on nn.Linear and Conv1D"
@@ -123,15 +123,8 @@ def _why_not(module: LoraLinear, adapter: str) -> str | None:
     if module.merged:
         merged = ", ".join(module.merged_adapters)
         return f"adapter {merged} is merged into its base: call unmerge_adapter() first"
-    if quantised and weight.is_floating_point():
-        return f"its {type(weight).__name__} is not quantised yet: move the model to its device"
-    if quantised and getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        return (
-            "bitsandbytes packed its weight for the CPU when the model ran in eval mode, and cannot "
-            "train it any more: load the model again and initialise it first"
-        )
     if quantised:
-        return None
+        return _why_not_quantised(weight)
     if type(here(weight)) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         kind = f"{type(weight).__name__} of {weight.dtype}"
         return f"its base weight is a {kind} (quantised), not a plain floating-point tensor"
@@ -145,10 +138,21 @@ def _why_not(module: LoraLinear, adapter: str) -> str | None:
     return None
 
 
+def _why_not_quantised(weight: Any) -> str | None:
+    if weight.is_floating_point():
+        return f"its {type(weight).__name__} is not quantised yet: move the model to its device"
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        return (
+            "bitsandbytes packed its weight for the CPU when the model ran in eval mode, and "
+            "cannot train it any more: load the model again and initialise it first"
+        )
+    return None
+
+
 def _why_base_must_stay(module: LoraLinear, adapter: str) -> str | None:
     """Why this layer's base weight cannot become the residual, or None."""
     weight = module.get_base_layer().weight
-    if get_bnb_param_type(weight):
+    if is_quantised(weight):
         return f"its base weight is a {type(weight).__name__} (quantised)"
     others = [other for other in module.lora_A if other != adapter]
     if others:
@@ -194,12 +198,17 @@ def _sharing(model: nn.Module, found: Mapping[str, LoraLayer]) -> dict[str, str]
     return reasons
 
 
+def is_quantised(weight: Any) -> bool:
+    """Whether it is one of bitsandbytes."""
+    return bool(get_bnb_param_type(weight))
+
+
 def base_values(module: LoraLinear, weight: Tensor) -> Tensor:
     """The values W (out, in) of a layer whose base weight, gathered, is `weight`; a copy where it
     is quantised.
     """
     base = module.get_base_layer()
-    if get_bnb_param_type(base.weight):
+    if is_quantised(base.weight):
         # An 8-bit weight's scales are in the layer's state.
         return dequantize_bnb_weight(base.weight, getattr(base, "state", None))
     return oriented(module, weight)

@@ -4,7 +4,7 @@ they belong, and known everywhere in the end. A process on its own has all of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from lora_init import engine, selftest
 from lora_init.cache import CacheOption
 from lora_init.distributed import Ranks, alive
 from lora_init.factors import Factors, row_blocks
-from lora_init.integrations.peft.layers import LoraLinear, Residual, base_values
+from lora_init.integrations.peft.layers import LoraLinear, Residual, base_values, is_quantised
 from lora_init.integrations.peft.sharded import is_sharded, whole, whole_shape
 from lora_init.methods import Layer, Method
 from lora_init.parallel import map_layers
@@ -26,6 +26,8 @@ ALIKE = (
     "base needs the same torch.manual_seed; FSDP's cpu_ram_efficient_loading leaves the weights to "
     "rank 0 until they are sharded), or on models that differ with distributed=False"
 )
+# So much of a quantised model is dequantised at once: all of it would take four times its memory.
+_DEQUANTISED_BYTES = 1 << 30
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -69,7 +71,7 @@ def read(
     job: Ranks, modules: Mapping[str, LoraLinear], adapter: str, seed: int = 0
 ) -> dict[str, Layer]:
     """This rank's layers by name. A weight in shards is gathered by all ranks, one at a time, and
-    kept where it belongs.
+    kept where it belongs; of a quantised one only what was measured is kept.
     """
     weights = [module.get_base_layer().weight for module in modules.values()]
     owners = job.owners([torch.Size(whole_shape(weight)).numel() for weight in weights])
@@ -81,7 +83,8 @@ def read(
             values = whole(parameter)
         if owner == job.rank:
             scaling = float(module.scaling[adapter])
-            own[name] = Layer(name, base_values(module, values), module.r[adapter], scaling, seed)
+            layer = Layer(name, base_values(module, values), module.r[adapter], scaling, seed)
+            own[name] = _measured(layer) if is_quantised(parameter) else layer
     return own
 
 
@@ -107,29 +110,30 @@ def solve(
 
     def known() -> dict[str, Layer]:
         """What statistics over all layers need to know of this rank's."""
-        if own:
-            engine.check_layers(list(own.values()), method)
+        held = [layer for layer in own.values() if not layer.weight.is_meta]
+        if held:
+            engine.check_layers(held, method)
         if job.size == 1:
             return own
-        map_layers(
-            lambda layer: (layer.moments, layer.digest),
-            list(own.values()),
-            cost=lambda layer: layer.weight.numel(),
-        )
-        return {name: layer.without_weight() for name, layer in own.items()}
+        kept = map_layers(_measured, held, cost=lambda layer: layer.weight.numel())
+        return own | {layer.name: layer for layer in kept}
 
     layers = _merged(job.gather(job.together(known)), modules)
     selftest.ensure({module.get_base_layer().weight.device for module in modules.values()}, job)
 
     def solved() -> dict[str, Solved]:
         options = dict(zip(layers, method.resolve(list(layers.values())), strict=True))
-        if not own:
-            return {}
-        part = list(own.values())
+        done: dict[str, Solved] = {}
+        for part in _parts(own, modules):
+            done |= batch(part, options)
+        return done
+
+    def batch(part: list[Layer], options: Mapping[str, dict[str, Any]]) -> dict[str, Solved]:
+        engine.check_layers(part, method)  # a quantised layer's weight is first here
         found = engine.solve_resolved(
             part,
             method,
-            [options[name] for name in own],
+            [options[layer.name] for layer in part],
             cache=cache,
             progress=progress if job.rank == 0 else False,
             group_bytes=group_bytes,
@@ -152,6 +156,24 @@ def solve(
     found: list[Solved] = list(_merged(job.gather(job.together(solved)), modules).values())
     judge([x.report for x in found], [x.layer for x in found], warn=job.rank == 0)
     return found
+
+
+def _measured(layer: Layer) -> Layer:
+    """A layer without its weight, and what others need to know of it."""
+    _ = (layer.moments, layer.digest)
+    return layer.without_weight()
+
+
+def _parts(own: Mapping[str, Layer], modules: Mapping[str, LoraLinear]) -> Iterator[list[Layer]]:
+    """The layers whose weights are there, then those of quantised weights, some at a time."""
+    held = [layer for layer in own.values() if not layer.weight.is_meta]
+    if held:
+        yield held
+    rest = [layer for layer in own.values() if layer.weight.is_meta]
+    for part in engine.pack([layer.weight.nbytes for layer in rest], _DEQUANTISED_BYTES):
+        yield [
+            rest[i].with_weight(base_values(modules[rest[i].name], rest[i].weight)) for i in part
+        ]
 
 
 def dropout(module: LoraLinear, adapter: str) -> float:

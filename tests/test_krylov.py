@@ -48,6 +48,8 @@ SPECTRA = {
     "column": lambda: gaussian(50, 1),
 }
 
+POWERS = [0.1, 2.0, 0.3, 0.5, 1.0, 0.2, 1.5, 0.4, 3.0, 0.7, 0.0]
+
 
 def seeded(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(count)]
@@ -148,6 +150,30 @@ def test_bits_depend_on_nothing_else():
     for i, tensors in run(range(4), halves).items():
         same = run([i], [w.float() for w in halves])[i]
         assert all(torch.equal(a, b) for a, b in zip(tensors, same, strict=True))
+
+
+def test_on_a_gpu_every_product_is_of_so_many_matrices(monkeypatch):
+    """cuBLAS's bits may depend on their number: layers alone and in company see the same one."""
+    monkeypatch.setattr(krylov, "_step", lambda device: 4)
+    calls: set[int] = set()
+    bmm = torch.bmm
+
+    def spy(a, b):
+        calls.add(len(a))
+        return bmm(a, b)
+
+    monkeypatch.setattr(torch, "bmm", spy)
+    # they end after different numbers of reads, so that layers move to other places
+    weights = [spectrum([i**-p for i in range(1, 97)], 96, 112, i) for i, p in enumerate(POWERS)]
+    together = truncate(weights, [8] * len(weights), seeded(len(weights)))
+    assert len({result.info["reads"] for result in together}) > 2
+    for i, result in enumerate(together):
+        (alone,) = truncate([weights[i]], [8], [seeded(len(weights))[i]])
+        assert alone.info | {"seconds": 0} == result.info | {"seconds": 0}
+        for name in ("U", "S", "V"):
+            assert torch.equal(getattr(alone, name), getattr(result, name))
+        assert excess(weights[i], product(result), 8) <= 1e-4
+    assert calls == {4}
 
 
 @pytest.mark.parametrize("r", [8, 32])

@@ -10,7 +10,10 @@ against it: on the MiniLM q/v matrices, r = 8, blocks of 12 on both sides take 8
 excess of 1e-4 and a single chain of blocks of 24 takes 8.3, so it gains nothing for its columns,
 while narrow products are the slower ones and both sides want orthogonalising at every read.
 
-Layers of one shape and rank go through everything but the reads as one batch.
+Layers of one shape and rank go through everything but the reads as one batch. The eigenproblems of
+their small Gram matrices are LAPACK's on every device, one matrix at a time: the eigenvalues of 64
+matrices of 48 to 96 columns take an H200 18 to 39 ms, since cuSOLVER loops, and one core of a CPU 3
+to 14 ms.
 """
 
 from __future__ import annotations
@@ -19,14 +22,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from functools import partial
+from itertools import chain, pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_init.ops.dual_project import dual_project, product_dtype
-from lora_init.parallel import map_layers
+from lora_init.parallel import Map, map_layers, map_nested
+
+T = TypeVar("T")
 
 # Excess is measured against the optimum, or against this part of ‖W‖² where that is more: products
 # in fp32 resolve no finer, and nothing that is stored needs it.
@@ -40,6 +46,9 @@ _NOISE = 1e-5
 # A batched product on the CPU gives the bits of its matrices one at a time where all lie at
 # addresses that are multiples of 64 bytes, which fp32 rows of 16 elements do.
 _BATCHED_COLUMNS = 16
+# cuBLAS picks a product's kernel, and with it its bits, by the number of matrices too: on a GPU
+# every call has so many, zeros where layers are missing.
+_SLOTS = 32
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,8 @@ def peak_bytes(weight: Tensor, r: int, max_reads: int = 30) -> int:
     """Memory beyond the weight that `truncate` takes for a layer at most.
 
     A block a read in the basis of one side, its products in fp64, and as much room again while
-    these grow.
+    these grow. On a GPU the layers of a shape are filled up to a multiple of 32 by empty ones,
+    which take as much.
     """
     rows, itemsize = _width(weight, r) * -(-max_reads // 2), product_dtype(weight).itemsize
     return 2 * rows * sum(weight.shape) * (itemsize + 8)
@@ -158,9 +168,9 @@ def _iterate(
         operands = [operand for batch in batches for operand in batch.operands()]
         group, A, B = (list(column) for column in zip(*operands, strict=True))
         products = iter(dual_project(group, A, B))
-        pairs = [[next(products) for _ in batch.weights] for batch in batches]
-        finished = map_layers(
-            lambda item: item[0].advance(item[1], tol, max_reads),
+        pairs = [[next(products) for _ in batch.live] for batch in batches]
+        finished = map_nested(
+            lambda item, spread: item[0].advance(item[1], tol, max_reads, spread),
             list(zip(batches, pairs, strict=True)),
         )
         for done in finished:
@@ -168,7 +178,7 @@ def _iterate(
             for index in done:
                 if advance:
                     advance(index)
-        batches = [batch for batch in batches if batch.indices]
+        batches = [batch for batch in batches if batch.live]
     return found
 
 
@@ -207,7 +217,8 @@ class _Side:
     def __init__(self, batch: int, size: int, others: int, like: Tensor, dtype: torch.dtype):
         self.basis = _Rows(batch, size, like, dtype)
         self.products = _Rows(batch, others, like, torch.float64)
-        self.gram = like.new_empty(batch, 0, 0, dtype=torch.float64)
+        self._gram = torch.empty(batch, 0, 0, dtype=torch.float64, device="cpu")
+        self._pending: list[Tensor] = []
 
     def extend(self, rows: Tensor) -> None:
         """The next block: what the rows hold outside the basis."""
@@ -218,23 +229,32 @@ class _Side:
         """Take in the block's products (batch, b, others)."""
         new = products.to(torch.float64)
         self.products.append(new)
-        cross = self.products.all @ new.mT
-        batch, k, width = self.gram.shape[0], self.gram.shape[1], new.shape[1]
-        gram = self.gram.new_empty(batch, k + width, k + width)
-        gram[:, :k, :k] = self.gram
-        gram[:, :, k:] = cross
-        gram[:, k:, :k] = cross[:, :k].mT
-        self.gram = gram
+        self._pending.append(_matmul(self.products.all, new.mT))
+
+    def gram(self, slot: int, k: int) -> Tensor:
+        """The first k products' (k, k) Gram matrix, on the host, its upper triangle only."""
+        for columns in self._pending:
+            batch, end, width = columns.shape
+            if end > self._gram.shape[1]:
+                grown = self._gram.new_empty(batch, 2 * end, 2 * end)
+                grown[:, : end - width, : end - width] = self._gram[:, : end - width, : end - width]
+                self._gram = grown
+            self._gram[:, :end, end - width : end] = columns  # waits for the device
+        self._pending.clear()
+        return self._gram[slot, :k, :k]
 
     def drop(self, move: _Move) -> None:
         self.basis.drop(move)
         self.products.drop(move)
-        self.gram = move(self.gram)
+        self._gram = move(self._gram)
 
 
 class _Batch:
     """The iteration for layers of one shape and rank. Everything tall is kept transposed: its rows
     are contiguous.
+
+    A layer has a slot, the same place in every tensor; `live` are the slots of those not done. The
+    number of slots is a multiple of `step`, the rest are zeros.
     """
 
     def __init__(
@@ -245,15 +265,23 @@ class _Batch:
         generators: Sequence[torch.Generator],
         energies: Sequence[float],
     ):
-        self.indices, self.weights, self.r = list(indices), list(weights), r
-        self.energies = list(energies)
-        dtype, like, batch = product_dtype(weights[0]), weights[0], len(weights)
+        dtype, like = product_dtype(weights[0]), weights[0]
+        self.r, self.reads = r, 0
+        self.step = _step(like.device)
+        self.live = list(range(len(weights)))
+        self.indices, self.weights, self.energies = list(indices), list(weights), list(energies)
+        self.captured: list[list[float]] = [[] for _ in weights]
+        slots = self._slots()
         out_features, in_features = like.shape
-        self.reads = 0
-        self.captured: list[Tensor] = []
-        self.right = _Side(batch, in_features, out_features, like, dtype)
-        self.left = _Side(batch, out_features, in_features, like, dtype)
-        self.right.extend(_start(generators, _width(like, r), in_features, like.device).to(dtype))
+        self.right = _Side(slots, in_features, out_features, like, dtype)
+        self.left = _Side(slots, out_features, in_features, like, dtype)
+        start = like.new_zeros(slots, _width(like, r), in_features, dtype=dtype)
+        start[: len(weights)] = _start(generators, start.shape[1], in_features, like.device)
+        self.right.extend(start)
+
+    def _slots(self) -> int:
+        """As many as the live layers need."""
+        return -(-len(self.live) // self.step) * self.step
 
     @property
     def swapped(self) -> bool:
@@ -262,93 +290,153 @@ class _Batch:
 
     def operands(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """What `dual_project` is to read next: W X, and nothing of Yᵀ W; or the other way round."""
-        side = self.left if self.swapped else self.right
-        for weight, block in zip(self.weights, side.block, strict=True):
-            out_features, in_features = weight.shape
-            if self.swapped:
-                yield weight, block.new_empty(0, in_features), block.T
-            else:
-                yield weight, block, block.new_empty(out_features, 0)
+        out_features, in_features = self.weights[0].shape
+        blocks = (self.left if self.swapped else self.right).block
+        if self.swapped:
+            none, columns = blocks.new_empty(0, in_features), blocks.mT.unbind()
+            yield from ((self.weights[slot], none, columns[slot]) for slot in self.live)
+        else:
+            none, rows = blocks.new_empty(out_features, 0), blocks.unbind()
+            yield from ((self.weights[slot], rows[slot], none) for slot in self.live)
 
     def advance(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], tol: float, max_reads: int
+        self, pairs: Sequence[tuple[Tensor, Tensor]], tol: float, max_reads: int, spread: Map
     ) -> dict[int, Truncation]:
-        """Take in a read, and make the next block of what is not done; what is, by index."""
+        """Take in a read, and make the next block of what is not done; what is, by index.
+
+        Args:
+            pairs: what `dual_project` returned for `operands`.
+            spread: a `map` for the layers' eigenproblems.
+        """
         self.reads += 1
-        self.products = torch.stack([WX.T if self.swapped else YW for WX, YW in pairs])
         side, other = (self.right, self.left) if self.swapped else (self.left, self.right)
+        products = [WX.T if self.swapped else YW for WX, YW in pairs]
+        slots = [torch.zeros_like(products[0])] * side.block.shape[0]
+        for slot, product in zip(self.live, products, strict=True):
+            slots[slot] = product
+        self.products = torch.stack(slots)
         side.absorb(self.products)
-        if self.reads > 1:
-            self.captured.append(torch.linalg.eigvalsh(side.gram)[:, -self.r :].sum(1))
-        done = self._finish(tol, max_reads)
-        if self.indices:
+        done = self._finish(tol, max_reads, spread) if self.reads >= _MIN_READS else {}
+        if self.live:
             other.extend(self.products)  # their part outside its basis
         return done
 
-    def _finish(self, tol: float, max_reads: int) -> dict[int, Truncation]:
+    def _finish(self, tol: float, max_reads: int, spread: Map) -> dict[int, Truncation]:
         """Take the layers that are done out of the batch; their results by index."""
-        if self.reads < _MIN_READS:
-            return {}
-        recent = torch.stack(self.captured[-_GAINS - 1 :], 1).tolist()  # where the host waits
-        excesses = [_excess(*member) for member in zip(recent, self.energies, strict=True)]
-        done = [m for m, x in enumerate(excesses) if x <= tol or self.reads >= max_reads]
+        # What was captured is asked for from the first check on: the reads before wait for nothing.
+        reads = range(2, self.reads + 1) if self.reads == _MIN_READS else [self.reads]
+        grams = [self._gram(slot, read) for slot in self.live for read in reads]
+        captured = iter(_each(partial(_captured, r=self.r), grams, spread))
+        for slot in self.live:
+            kept = self.captured[slot] + [next(captured) for _ in reads]
+            self.captured[slot] = kept[-_GAINS - 1 :]
+        excesses = {s: _excess(self.captured[s], self.energies[s]) for s in self.live}
+        done = [s for s in self.live if excesses[s] <= tol or self.reads >= max_reads]
         results = {}
         if done:
-            for m, factors in zip(done, self._factors(done), strict=True):
-                info = {"reads": self.reads, "excess": excesses[m], "converged": excesses[m] <= tol}
-                results[self.indices[m]] = Truncation(*factors, info)
+            for s, factors in zip(done, self._factors(done, spread), strict=True):
+                info = {"reads": self.reads, "excess": excesses[s], "converged": excesses[s] <= tol}
+                results[self.indices[s]] = Truncation(*factors, info)
             self._drop(done)
         return results
 
+    def _gram(self, slot: int, read: int) -> Tensor:
+        """Of what that read's side had then."""
+        side = self.right if read % 2 == 1 else self.left
+        return side.gram(slot, side.block.shape[1] * ((read + 1) // 2))
+
     def _drop(self, done: Sequence[int]) -> None:
-        """Go on without these members, whose places the last ones take."""
-        count = len(self.indices) - len(done)
-        places = [member for member in done if member < count]
-        movers = sorted(set(range(count, len(self.indices))) - set(done))
-        columns: list[list[Any]] = [self.indices, self.weights, self.energies]
+        """Go on without these layers; where that leaves slots to spare, the last ones move."""
+        self.live = [slot for slot in self.live if slot not in done]
+        count = self._slots()
+        if count in (0, self.products.shape[0]):
+            return
+        movers = [slot for slot in self.live if slot >= count]
+        places = [slot for slot in range(count) if slot not in self.live][: len(movers)]
+        columns: list[list[Any]] = [self.indices, self.weights, self.energies, self.captured]
         for column in columns:
             for place, mover in zip(places, movers, strict=True):
                 column[place] = column[mover]
             del column[count:]
-        if count == 0:
-            return
-        at = torch.tensor([places, movers], dtype=torch.int64, device=self.products.device)
-        move = _Move(count, *at)
+        self.live = sorted({*self.live, *places} - {*movers})
+        move = _Move(count, places, movers)
         self.products = move(self.products)
-        self.captured = [move(captured) for captured in self.captured]
         for side in (self.right, self.left):
             side.drop(move)
 
-    def _factors(self, members: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _factors(self, done: Sequence[int], spread: Map) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(U, S, V) by Rayleigh–Ritz on the last side: W ≈ Q P (Wᵀ Q P)ᵀ, P the eigenvectors."""
         side = self.right if self.swapped else self.left
-        chosen = torch.tensor(members, device=side.gram.device)
-        _, vectors = torch.linalg.eigh(side.gram[chosen])
-        P = vectors[:, :, -side.block.shape[1] :].flip(2).mT.contiguous()
+        width = side.block.shape[1]
+        grams = [self._gram(slot, self.reads) for slot in done]
+        vectors = _each(partial(_leading, count=width), grams, spread)
+        # With the slots that share a call with them.
+        calls = {slot // self.step for slot in done}
+        slots = [slot for slot in range(len(self.products)) if slot // self.step in calls]
+        at = [slots.index(slot) for slot in done]
+        P = torch.zeros(len(slots), *vectors[0].shape, dtype=torch.float64, device="cpu")
+        P[at] = torch.stack(vectors)
+        P = P.to(self.products.device)
+        chosen = torch.tensor(slots, device=P.device)
         basis = side.basis.all[chosen]
         dtype = basis.dtype
-        near = (P.to(dtype) @ basis)[:, : self.r]
-        far = (P @ side.products.all[chosen])[:, : self.r]
-        S = torch.linalg.vector_norm(far, dim=2)
+        near = _matmul(P.to(dtype), basis)
+        far = _matmul(P, side.products.all[chosen])
+        S = _matmul(far, far.mT).diagonal(dim1=1, dim2=2).sqrt()
         # Exactly zero beyond W's rank, instead of normalised noise.
         S = torch.where(torch.finfo(dtype).eps * S.amax(1, keepdim=True) < S, S, 0)
         far = torch.where(S[:, :, None] > 0, far / S[:, :, None], 0).to(dtype)
-        U, V = (x.mT.contiguous() for x in ((far, near) if self.swapped else (near, far)))
-        return list(zip(U, S.to(dtype), V, strict=True))
+        U, V = (
+            x[:, : self.r].mT.contiguous() for x in ((far, near) if self.swapped else (near, far))
+        )
+        S = S[:, : self.r].to(dtype)
+        return [(U[i], S[i], V[i]) for i in at]
 
 
 @dataclass(frozen=True)
 class _Move:
-    """What is left of a batch when members leave it: the first `count` places, to some of which
-    others moved. Overwrites what it is called with.
+    """What is left of a batch when slots are given up: the first `count`, to some of which others
+    moved. Overwrites what it is called with.
     """
 
     count: int
-    places: Tensor
-    movers: Tensor
+    places: list[int]
+    movers: list[int]
 
     def __call__(self, batch: Tensor) -> Tensor:
-        return batch.index_copy_(0, self.places, batch[self.movers])[: self.count]
+        if self.movers:
+            batch[self.places] = batch[self.movers]
+        return batch[: self.count]
+
+
+def _step(device: torch.device) -> int:
+    """Matrices in a batched product, of which a batch has slots for a multiple."""
+    return 1 if device.type == "cpu" else _SLOTS
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of batches, in calls of so many matrices that no bit depends on the batch."""
+    step = _step(a.device)
+    if step == 1:
+        return a @ b
+    parts = zip(a.split(step), b.split(step), strict=True)
+    return torch.cat([torch.bmm(*part) for part in parts])
+
+
+def _each(function: Callable[[Tensor], T], matrices: Sequence[Tensor], spread: Map) -> list[T]:
+    """The function of every matrix, four at a time: handing one to a thread takes as long as it."""
+    parts = [matrices[i : i + 4] for i in range(0, len(matrices), 4)]
+    return list(chain.from_iterable(spread(lambda part: [function(m) for m in part], parts)))
+
+
+def _captured(gram: Tensor, r: int) -> float:
+    """Sum of the r largest eigenvalues."""
+    return float(torch.linalg.eigvalsh(gram, UPLO="U")[-r:].sum())
+
+
+def _leading(gram: Tensor, count: int) -> Tensor:
+    """(count, k): the leading eigenvectors, the first one first."""
+    return torch.linalg.eigh(gram, UPLO="U")[1][:, -count:].flip(1).mT
 
 
 def _start(
@@ -401,18 +489,17 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
     """
     scale = torch.linalg.vector_norm(block, dim=2, dtype=torch.float64).amax(1, keepdim=True)
     unit = torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
-    for _ in range(2):
+    for noise in (_NOISE * scale, _NOISE):
         if basis.shape[1]:
-            block = block - (block @ basis.mT) @ basis
-        norms = torch.linalg.vector_norm(block, dim=2, dtype=torch.float64)
-        kept = norms > _NOISE * scale
-        inverse = torch.where(kept, 1 / norms, 0)
+            block = block - _matmul(_matmul(block, basis.mT), basis)
         exact = block.to(torch.float64)
-        gram = (exact @ exact.mT) * inverse[:, :, None] * inverse[:, None]
+        gram = _matmul(exact, exact.mT)
+        norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+        inverse = torch.where(norms > noise, 1 / norms, 0)
+        gram = gram * inverse[:, :, None] * inverse[:, None]
         gram.diagonal(dim1=1, dim2=2).fill_(1 + 1e-13)
         L, _ = torch.linalg.cholesky_ex(gram)
-        kept = kept & (L.diagonal(dim1=1, dim2=2) * norms > _NOISE * scale)
+        kept = L.diagonal(dim1=1, dim2=2) * norms > noise
         to_orthonormal = torch.linalg.solve_triangular(L, unit, upper=False) * inverse[:, None]
-        block = torch.where(kept[:, :, None], to_orthonormal, 0).to(block.dtype) @ block
-        scale = scale.new_ones(())
+        block = _matmul((to_orthonormal * kept[:, :, None]).to(block.dtype), block)
     return block

@@ -334,6 +334,14 @@ def test_layers_that_are_left(config: dict, prepare: Callable | None, reason: st
     assert torch.equal(logits(model), before)
 
 
+def test_zero3_layers_are_left() -> None:
+    model = adapted(llama())
+    job.Partitions(model)
+    assert set(lora_init.fuse(model).left.values()) == {
+        "DeepSpeed ZeRO-3 gathers its parameters for PEFT's forward only"
+    }
+
+
 def test_conv1d_is_left_and_the_rest_fused() -> None:
     config = GPT2Config(n_embd=48, n_layer=1, n_head=4, vocab_size=100, n_positions=32)
     with warnings.catch_warnings():

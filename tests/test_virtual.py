@@ -1,6 +1,7 @@
 """`initialize(residual="virtual")`: the base stays as it is, whatever it is and is done to it."""
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -147,6 +148,18 @@ def test_conv1d_of_gpt2() -> None:
     assert distance(merged(model), live) < 1e-5
 
 
+@forms
+def test_compile(form: Callable) -> None:
+    model = form(started(llama(), lora_dropout=0.0))
+    train(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    assert layer.lora_A["default"].weight.grad is not None
+
+
 # Saving
 
 
@@ -274,6 +287,46 @@ def test_reference_copies_as_trl_makes_them(form: Callable) -> None:
     assert torch.equal(logits(model), before)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(base))
+
+
+@forms
+def test_trl_s_dpo_trainer(form: Callable, tmp_path: Path) -> None:
+    """It adds a reference adapter and copies the parameters into it."""
+    trl = pytest.importorskip("trl", reason="needs trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, "w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0"
+    )
+    base = llama(bias=True)
+    model = form(started(base))
+    train(model)
+    arguments = trl.DPOConfig(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_steps=3,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+    )
+    rows = [{"prompt": "w5 w6", "chosen": " w8 w9", "rejected": " w3 w4"}] * 6
+    run = trl.DPOTrainer(
+        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-6)  # model and reference are the same
+    assert losses[-1] < 0.9 * losses[0]
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "checkpoint-3").eval()
+    assert distance(logits(stock), logits(model.eval())) < 1e-5
 
 
 def test_an_equal_config_of_its_own_makes_a_plain_adapter() -> None:

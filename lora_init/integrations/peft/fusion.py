@@ -121,9 +121,9 @@ def _fusible_adapter(layer: LoraLinear) -> str | None:
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(active) != 1 or _why_not(layer, active[0]):
         return None
-    parts = (layer.base_layer, layer.lora_A[active[0]], layer.lora_B[active[0]])
     # FSDP2 gathers parameters around the modules that it wrapped: then not yet around these.
-    return None if any(is_sharded(part.weight) for part in parts) else active[0]
+    sharded = is_sharded(layer.base_layer.weight) or is_sharded(layer.lora_A[active[0]].weight)
+    return None if sharded else active[0]
 
 
 def _run(layer: LoraLinear, adapter: str, x: Tensor) -> Tensor:
@@ -151,9 +151,9 @@ def _layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def _not_linear(layer: LoraLinear) -> str | None:
-    base = layer.get_base_layer()
+    base = layer.base_layer
     known = isinstance(layer, FusedLinear) or type(layer).forward is Linear.forward
-    if known and base is layer.base_layer and type(base).forward is nn.Linear.forward:
+    if known and type(base).forward is nn.Linear.forward:
         return None
     return f"LoRA on {type(base).__name__} ({type(layer).__name__}), not on a plain nn.Linear"
 

@@ -250,6 +250,7 @@ def test_two_initialised_adapters_on_one_base(form: Callable, tmp_path: Path) ->
     model.delete_adapter("default")
     assert distance(logits(model), live["other"]) < 1e-5
     model.save_pretrained(tmp_path / "left")
+    assert all("default" not in layer.lora_variant for layer in lora_layers(model).values())
 
 
 @forms

@@ -254,7 +254,9 @@ class VirtualResidual(ResidualModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.lora_init_starts.pop(adapter_name, None)
+        if self.lora_init_starts.pop(adapter_name, None):
+            for layer in lora_layers(self).values():  # PEFT 0.19 leaves it there
+                layer.lora_variant.pop(adapter_name, None)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """As PEFT's, of adapters that are plain LoRA.

@@ -18,8 +18,8 @@ from lora_init import cache as cache_module
 from lora_init import selftest
 from lora_init.cache import Cache, CacheOption
 from lora_init.factors import Factors, LoraInitError, row_blocks
-from lora_init.methods import Layer, Method, Progress, resolve_method
-from lora_init.parallel import map_layers
+from lora_init.methods import Layer, Method, Progress, energies, resolve_method
+from lora_init.parallel import map_layers, values
 
 # On the CPU a layer is solved by one thread: larger groups gain nothing.
 _CPU_GROUP_BYTES = 1 << 30
@@ -159,8 +159,11 @@ def solve_group(
             [layers[i] for i in missing], [resolved[i] for i in missing], progress
         )
         seconds = time.perf_counter() - began
-        for i, result in zip(missing, solved, strict=True):
-            if not bool(torch.isfinite(result.A).all() and torch.isfinite(result.B).all()):
+        # The largest magnitudes, which are NaN where an entry is.
+        peaks = [torch.linalg.vector_norm(t, math.inf) for x in solved for t in (x.A, x.B)]
+        finite = [math.isfinite(peak) for peak in values(peaks)]
+        for i, result, A, B in zip(missing, solved, finite[::2], finite[1::2], strict=True):
+            if not (A and B):
                 raise LoraInitError(
                     f"{layers[i].name}: {method.name} gave factors that are not finite; it "
                     f"diverged: lower lr"
@@ -256,9 +259,9 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
             raise LoraInitError(
                 f"{name}: the scaling must be a number > 0, got {scaling!r} (see lora_alpha)"
             )
-    finite = map_layers(_is_finite, layers, cost=lambda layer: layer.weight.numel())
-    for layer, good in zip(layers, finite, strict=True):
-        if not good:
+    for layer, energy in zip(layers, energies(layers), strict=True):
+        # Only a finite energy is final: its squares overflow before W does.
+        if not math.isfinite(energy) and not _is_finite(layer.weight):
             bad = int((~torch.isfinite(layer.weight)).sum())
             raise LoraInitError(
                 f"{layer.name}: {bad} of {layer.weight.numel()} weights are NaN or infinite: "
@@ -267,11 +270,8 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
             )
 
 
-def _is_finite(layer: Layer) -> bool:
-    # Only a finite energy is final: its squares overflow before W does.
-    return math.isfinite(layer.energy) or all(
-        bool(torch.isfinite(layer.weight[rows]).all()) for rows in row_blocks(layer.weight)
-    )
+def _is_finite(weight: Tensor) -> bool:
+    return all(bool(torch.isfinite(weight[rows]).all()) for rows in row_blocks(weight))
 
 
 def _per_layer(value: Any | Mapping[str, Any], name: str, what: str) -> Any:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -79,6 +80,16 @@ def map_nested(
             for future in futures.values():
                 future.cancel()
             wait(futures.values())
+
+
+def values(scalars: Sequence[Tensor]) -> list[float]:
+    """The numbers in 0-d tensors. The host waits once for each device, not for each tensor."""
+    found = [0.0] * len(scalars)
+    for device in {scalar.device for scalar in scalars}:
+        at = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        for i, number in zip(at, torch.stack([scalars[i] for i in at]).tolist(), strict=True):
+            found[i] = number
+    return found
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from lora_init.factors import Factors, LoraInitError, row_blocks, weight_digest
 from lora_init.ops.dual_project import product_dtype
+from lora_init.parallel import map_layers, values
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,8 @@ class Layer:
 
     @cached_property
     def energy(self) -> float:
-        """‖W‖²_F; not finite if a weight is not, or if the squares overflow. Summed by rows: exact
-        enough, in one fast pass.
-        """
-        norms = torch.linalg.vector_norm(self.weight, dim=1, dtype=product_dtype(self.weight))
-        return float(norms.to(torch.float64).square().sum())
+        """‖W‖²_F; not finite if a weight is not, or if the squares overflow."""
+        return float(_squared_norm(self.weight))
 
     @cached_property
     def moments(self) -> tuple[float, float]:
@@ -92,6 +90,26 @@ class Layer:
         """
         digest = hashlib.sha256(f"{self.seed}\0{self.name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def energies(layers: Sequence[Layer]) -> list[float]:
+    """`energy` of every layer, found for all of them before the host waits for any."""
+    new = [layer for layer in layers if "energy" not in vars(layer)]
+    weights = [layer.weight for layer in new]
+    if all(weight.device.type == "cpu" for weight in weights):
+        squares = map_layers(_squared_norm, weights, cost=Tensor.numel)
+    else:  # to hand a launch to a thread takes longer than to launch
+        squares = [_squared_norm(weight) for weight in weights]
+    for layer, energy in zip(new, values(squares), strict=True):
+        vars(layer)["energy"] = energy
+    return [layer.energy for layer in layers]
+
+
+@torch.no_grad()
+def _squared_norm(weight: Tensor) -> Tensor:
+    """‖W‖²_F, fp64. Summed by rows: exact enough, in one fast pass."""
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=product_dtype(weight))
+    return torch.linalg.vector_norm(norms, dtype=torch.float64).square()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import lora_init
+from benchmarks import bench_fuse
 from lora_init import LoraInitError
 from lora_init.integrations.peft import fusion
 from lora_init.integrations.peft.layers import lora_layers
@@ -368,6 +369,23 @@ def test_kernels_are_tested_before_they_are_used(monkeypatch: pytest.MonkeyPatch
     )
     pair()
     assert asked == [{torch.device("cpu")}]
+
+
+def spoiled(model: PeftModel) -> PeftModel:
+    nn.init.normal_(model.base_model.model.lm_head.weight)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"autocast": True}], ids=str)
+def test_the_benchmark_gives_no_way_a_speed_whose_losses_are_not_stock_peft_s(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = [way for way in bench_fuse.ways() if "compile" not in way[0]]
+    ways.append(("broken", spoiled))
+    monkeypatch.setattr(bench_fuse, "ways", lambda: ways)
+    case = bench_fuse.Case(2, 16, **options)
+    rows = bench_fuse.measure(bench_fuse.TINY, case, torch.device("cpu"), 1, 1)
+    assert [row["status"].partition(":")[0] for row in rows] == [*["measured"] * 3, "refused"]
 
 
 # Trainers and jobs

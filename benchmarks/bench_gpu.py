@@ -346,7 +346,7 @@ def figures() -> list[Figure]:
     ours += [
         Figure(LLAMA, 8, "descend", steps, _all_steps, ("ms", 3500.0)),
         Figure(LLAMA, 16, "descend", steps, _all_steps),
-        # 4 of 1,200 stops were above tol, by a quarter at most (`solve/krylov.py`).
+        # None of 640 stops at this tol was above it (`solve/krylov.py`), but each is an estimate.
         *(Figure(LLAMA, r, "krylov", "solve", _krylov, ("ms", 150.0), 1.25 * TOL) for r in (8, 16)),
         Figure(LLAMA, 8, "approximate", steps, _approximate),
         Figure(ROBERTA, 8, "descend", "step", _step, ("ratio_to_floor", 1.0)),

@@ -1,7 +1,10 @@
 """`fuse` and `unfuse`: stock PEFT's numbers and behaviour, by the op."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +111,50 @@ def test_smollm2_has_stock_peft_s_loss_curve(
         config = LoraConfig(target_modules="all-linear", r=8, lora_alpha=16)
         curves.append(curve(prepare(get_peft_model(copy.deepcopy(base), config)), 20, batches))
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+def interpret(*arguments: str) -> None:
+    """`interpreted` in a process that interprets Triton's kernels."""
+    pytest.importorskip("triton")
+    environment = {"TRITON_INTERPRET": "1", "LORA_INIT_SELFTEST": "0", "OMP_NUM_THREADS": "1"}
+    code = f"from tests.test_fuse import interpreted; interpreted(*{arguments})"
+    command = [sys.executable, "-c", code]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, cwd=root
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def interpreted(folder: str = "") -> None:
+    base, tokens = llama(bias=True), TOKENS[None]
+    if folder:
+        base = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, num_hidden_layers=2
+        )
+        text = "It was the best of times, it was the worst of times, it was the age of wisdom,"
+        tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"][None]
+    curves = []
+    for prepare in (lambda model: model, fused):
+        torch.manual_seed(0)
+        curves.append(curve(prepare(adapted(base)), 20, tokens))
+    layer = next(iter(lora_layers(adapted(base)).values()))
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.zeros(1, A.shape[1])
+    chosen = lora_init.explain("lora_linear", x, layer.base_layer.weight, A, B)
+    assert "triton: runs lora_linear" in chosen, chosen
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_triton_s_kernels_have_stock_peft_s_loss_curve() -> None:
+    interpret()
+
+
+@pytest.mark.slow
+def test_triton_s_kernels_have_stock_peft_s_loss_curve_on_two_layers_of_smollm2(
+    smollm2_dir: Path,
+) -> None:
+    interpret(str(smollm2_dir))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])

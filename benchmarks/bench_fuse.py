@@ -1,6 +1,7 @@
 """Tokens per second of LoRA training, end to end: `fuse` against stock PEFT on a 1B LLaMA shape.
 
     python -m benchmarks.run fuse
+    python -m benchmarks.bench_fuse --quick
 
 Random weights in the shape of Llama-3.2-1B in bf16, LoRA of rank 16 on all linear layers, AdamW on
 the adapter; a step is forward, backward and update, timed whole with the GPU synchronised around
@@ -9,6 +10,7 @@ each batch of steps. A way to train gets a speed only if its loss curve is stock
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,8 +63,12 @@ class Case:
 CASES = (Case(), Case(autocast=True), Case(dropout=0.1))
 
 
-def ways() -> Iterator[tuple[str, Callable[[PeftModel], Any]]]:
-    """What is compared, by name: from a PEFT model to what is called in its place."""
+def ways(quick: bool = False) -> Iterator[tuple[str, Callable[[PeftModel], Any]]]:
+    """What is compared, by name: from a PEFT model to what is called in its place.
+
+    Args:
+        quick: without torch.compile, which takes a minute each.
+    """
 
     def fused(model: PeftModel) -> PeftModel:
         lora_init.fuse(model)
@@ -81,8 +87,9 @@ def ways() -> Iterator[tuple[str, Callable[[PeftModel], Any]]]:
     yield "stock PEFT", lambda model: model
     yield "fused", fused
     yield "fused, virtual residual", virtual
-    yield "stock PEFT, torch.compile", compiled
-    yield "fused, torch.compile", lambda model: compiled(fused(model))
+    if not quick:
+        yield "stock PEFT, torch.compile", compiled
+        yield "fused, torch.compile", lambda model: compiled(fused(model))
 
 
 def adapted(shape: dict[str, int], case: Case, device: torch.device) -> PeftModel:
@@ -110,7 +117,12 @@ def stepper(model: Any, case: Case, device: torch.device) -> Callable[[Tensor], 
 
 
 def measure(
-    shape: dict[str, int], case: Case, device: torch.device, steps: int, repeats: int
+    shape: dict[str, int],
+    case: Case,
+    device: torch.device,
+    steps: int,
+    repeats: int,
+    quick: bool = False,
 ) -> list[Row]:
     """A row for each way to train."""
     generator = torch.Generator(device).manual_seed(1)
@@ -118,7 +130,7 @@ def measure(
     tokens = torch.randint(shape["vocab_size"], size, generator=generator, device=device)
     rows: list[Row] = []
     expected: list[float] = []
-    for name, prepare in ways():
+    for name, prepare in ways(quick):
         row: Row = {"case": vars(case) | {"shape": shape["hidden_size"]}, "method": name}
         rows.append(row)
         torch.compiler.reset()
@@ -132,6 +144,7 @@ def measure(
         comparable = not case.dropout and "virtual" not in name
         if not off <= (TOLERANCE if comparable else 10 * TOLERANCE):
             row["status"] = f"refused: its loss is off by {off:.1e}"
+            print(name, row["status"], flush=True)
             continue
         row |= timed(lambda step=step: step(tokens), device, steps, repeats)
         row["tokens_s"] = case.batch * case.length / row["step_ms"] * 1e3
@@ -171,7 +184,7 @@ def line(row: Row) -> str:
     )
 
 
-def run() -> dict[str, Any]:
+def run(quick: bool = False) -> dict[str, Any]:
     """Every case, or why none was measured."""
     content: dict[str, Any] = {"machine": common.machine(), "rows": []}
     if not torch.cuda.is_available():
@@ -180,5 +193,15 @@ def run() -> dict[str, Any]:
         return content
     device = torch.device("cuda", torch.cuda.current_device())
     for case in CASES:
-        content["rows"] += measure(LLAMA_1B, case, device, 3, 3)
+        content["rows"] += measure(LLAMA_1B, case, device, 3, 3, quick)
     return content
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="without torch.compile")
+    run(parser.parse_args().quick)
+
+
+if __name__ == "__main__":
+    main()

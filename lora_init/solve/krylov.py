@@ -435,7 +435,7 @@ def _each(function: Callable[[Tensor], T], matrices: Sequence[Tensor], spread: M
 
 def _captured(gram: Tensor, r: int) -> float:
     """Sum of the r largest eigenvalues."""
-    return float(torch.linalg.eigvalsh(gram, UPLO="U")[-r:].sum())
+    return sum(torch.linalg.eigvalsh(gram, UPLO="U").tolist()[-r:])
 
 
 def _leading(gram: Tensor, count: int) -> Tensor:

@@ -403,6 +403,13 @@ def test_conv1d_is_left_and_the_rest_fused() -> None:
     }
 
 
+def test_a_layer_without_a_weight_of_its_own_is_left() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    report = lora_init.fuse(get_peft_model(model, LoraConfig(target_modules=["0", "1"], r=2)))
+    assert "1" in report.fused
+    assert "LoRA on MultiheadAttention" in report.left["0"]
+
+
 def test_models_without_lora_layers_are_refused() -> None:
     for function in (lora_init.fuse, lora_init.unfuse):
         with pytest.raises(LoraInitError, match=r"Llama.* has no LoRA layer of PEFT"):

@@ -70,7 +70,7 @@ def fuse(model: nn.Module, *, distributed: bool = True) -> FuseReport:
         LoraInitError: the model has no LoRA layer.
     """
     layers = _layers(model)
-    devices = {here(layer.get_base_layer().weight).device for layer in layers.values()}
+    devices = {here(next(layer.parameters())).device for layer in layers.values()}
     with ranks(distributed) as job:
         selftest.ensure({device for device in devices if device.type != "meta"}, job)
     fused, left = [], {}

@@ -5,6 +5,7 @@
 
 #include "descend.h"
 #include "lora_linear.h"
+#include "project.h"
 
 namespace py = pybind11;
 using namespace lora_init;
@@ -24,7 +25,7 @@ PYBIND11_MODULE(_C, m) {
       "lora_linear",
       [](uintptr_t x, uintptr_t R, uintptr_t S, uintptr_t B, uintptr_t bias, uintptr_t y,
          std::array<int64_t, 4> sizes, std::array<int64_t, 5> strides, bool bf16, bool transposed,
-         int tile_n, int cluster, int device, uintptr_t stream) {
+         bool overlaps, int tile_n, int cluster, int device, uintptr_t stream) {
         const auto [m, n, k, r] = sizes;
         const auto [stride_x, stride_R, stride_S, stride_B, stride_y] = strides;
         lora_linear({pointer(x),
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
                      stride_y,
                      bf16,
                      transposed,
+                     overlaps,
                      tile_n,
                      cluster,
                      device,
@@ -51,7 +53,23 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("x"), py::arg("R"), py::arg("S"), py::arg("B"), py::arg("bias"),
       py::arg("y"), py::arg("sizes"), py::arg("strides"), py::arg("bf16"), py::arg("transposed"),
-      py::arg("tile_n") = 0, py::arg("cluster") = 0, py::arg("device"), py::arg("stream"));
+      py::arg("overlaps") = false, py::arg("tile_n") = 0, py::arg("cluster") = 0, py::arg("device"),
+      py::arg("stream"));
+
+  m.def(
+      "project",
+      [](uintptr_t x, uintptr_t f, uintptr_t c, std::array<int64_t, 3> sizes,
+         std::array<int64_t, 4> strides, bool bf16, bool transposed_x, bool transposed_f,
+         double scale, int splits, int device, uintptr_t stream) {
+        const auto [m, k, r] = sizes;
+        const auto [stride_x, stride_f, stride_c_m, stride_c_r] = strides;
+        project({pointer(x), pointer(f), const_cast<void*>(pointer(c)), m, k, r, stride_x, stride_f,
+                 stride_c_m, stride_c_r, bf16, transposed_x, transposed_f, float(scale), splits,
+                 device, reinterpret_cast<cudaStream_t>(stream)});
+      },
+      py::kw_only(), py::arg("x"), py::arg("f"), py::arg("c"), py::arg("sizes"), py::arg("strides"),
+      py::arg("bf16"), py::arg("transposed_x"), py::arg("transposed_f"), py::arg("scale"),
+      py::arg("splits") = 0, py::arg("device"), py::arg("stream"));
 
   m.def("why_no_descend", &why_no_descend, py::arg("device"));
   m.def("descend_capacity", &descend_capacity, py::arg("ranks"), py::arg("device"));

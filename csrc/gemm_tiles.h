@@ -1,6 +1,6 @@
-// Index maths of the Hopper GEMM in lora_linear.cu: which tile a CTA computes, and where an element
-// lies in shared memory, in a wgmma operand and in the accumulators. Plain functions, so that
-// tests/gemm_tiles_test.cpp can replay a whole tile on the host.
+// Index maths of the Hopper GEMMs in lora_linear.cu and project.cu: which tile a CTA computes, and
+// where an element lies in shared memory, in a wgmma operand and in the accumulators. Plain
+// functions, so that tests/gemm_tiles_test.cpp can replay a whole tile on the host.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +26,20 @@ constexpr int kTileABytes = kTileM * kRowBytes;
 constexpr int kStoreRows = 16;                       // a warp's rows of the accumulators
 constexpr int kStoreBytes = kStoreRows * kRowBytes;  // 64 columns of them, one TMA store
 
+// project.cu: tiles of 128 × 64 ranks. Its partial sums have rows that start 8 banks apart.
+constexpr int kRanks = 64;
+constexpr int kProjectStages = 4;  // 64 KB of X in flight, and two CTAs in a multiprocessor
+constexpr int kProjectStageBytes = kTileABytes + kBlockBytes;
+constexpr int kPartialPitch = kRanks + 8;
+
 LORA_INIT_HD constexpr int stage_count(int tile_n) { return tile_n == 256 ? 4 : 6; }
 LORA_INIT_HD constexpr int stage_bytes(int tile_n) { return kTileABytes + tile_n * kRowBytes; }
 LORA_INIT_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Of `chunks` of k, the first of part `part` of `parts`.
+LORA_INIT_HD constexpr int first_chunk(int chunks, int part, int parts) {
+  return int(int64_t(chunks) * part / parts);
+}
 
 struct Tile {
   int m, n;
@@ -61,13 +72,13 @@ LORA_INIT_HD constexpr uint64_t descriptor(uint32_t address, uint32_t leading, u
 LORA_INIT_HD constexpr uint64_t k_major(uint32_t address) {
   return descriptor(address, 0, kAtomBytes);
 }
-// N-major (R and A of dX): blocks of 64 n, each with a row of 64 n for every k. A step of 16 k is
-// two atoms further.
-LORA_INIT_HD constexpr uint64_t n_major(uint32_t address) {
+// MN-major (R and A of dX; what `project` transposes): blocks of 64 n, each with a row of 64 n for
+// every k. A step of 16 k is two atoms further.
+LORA_INIT_HD constexpr uint64_t mn_major(uint32_t address) {
   return descriptor(address, kBlockBytes, kAtomBytes);
 }
 constexpr int kStepKMajor = kStepK * 2;
-constexpr int kStepNMajor = kStepK * kRowBytes;
+constexpr int kStepMNMajor = kStepK * kRowBytes;
 
 // Which element of a consumer's 64 × N accumulators thread `thread` of its warpgroup has in its
 // register i (PTX ISA, "wgmma D fragment").

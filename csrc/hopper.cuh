@@ -22,12 +22,54 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
 // Every thread of every CTA of the cluster arrives and waits.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"
       "barrier.cluster.wait.acquire;" ::
           : "memory");
+}
+
+// The same without what was written becoming visible, which waits for stores to global memory.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;" ::
+          : "memory");
+}
+
+// What CTA `rank` of the cluster has at the address of *pointer in this one's shared memory.
+__device__ __forceinline__ float load_from_cta(const float* pointer, uint32_t rank) {
+  float value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [remote];\n"
+      "}"
+      : "=f"(value)
+      : "r"(shared_address(pointer)), "r"(rank)
+      : "memory");
+  return value;
+}
+
+// Launches that may overlap the one before them in the stream
+
+// When every CTA has said so, those of the next launch may start where there is room.
+__device__ __forceinline__ void launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Until the launch before has ended and its writes are visible; at once if this launch may not
+// overlap it.
+__device__ __forceinline__ void wait_for_previous_launch() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // Barriers in shared memory
@@ -47,6 +89,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 
 // Arrives at the same barrier of CTA `rank` of the cluster.
@@ -152,11 +199,13 @@ __device__ __forceinline__ void wgmma_wait() {
 // clang-format off
 #define LORA_INIT_TEXT8(a, b, c, d, e, f, g, h) \
   "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
-#define LORA_INIT_TEXT64                          \
+#define LORA_INIT_TEXT32                          \
   LORA_INIT_TEXT8(0, 1, 2, 3, 4, 5, 6, 7) ","         \
   LORA_INIT_TEXT8(8, 9, 10, 11, 12, 13, 14, 15) ","   \
   LORA_INIT_TEXT8(16, 17, 18, 19, 20, 21, 22, 23) "," \
-  LORA_INIT_TEXT8(24, 25, 26, 27, 28, 29, 30, 31) "," \
+  LORA_INIT_TEXT8(24, 25, 26, 27, 28, 29, 30, 31)
+#define LORA_INIT_TEXT64                          \
+  LORA_INIT_TEXT32 ","                                \
   LORA_INIT_TEXT8(32, 33, 34, 35, 36, 37, 38, 39) "," \
   LORA_INIT_TEXT8(40, 41, 42, 43, 44, 45, 46, 47) "," \
   LORA_INIT_TEXT8(48, 49, 50, 51, 52, 53, 54, 55) "," \
@@ -174,45 +223,50 @@ __device__ __forceinline__ void wgmma_wait() {
 #define LORA_INIT_OUT8(i)                                                            \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \
   "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define LORA_INIT_OUT64(i)                                                           \
-  LORA_INIT_OUT8(i), LORA_INIT_OUT8(i + 8), LORA_INIT_OUT8(i + 16), LORA_INIT_OUT8(i + 24), \
-  LORA_INIT_OUT8(i + 32), LORA_INIT_OUT8(i + 40), LORA_INIT_OUT8(i + 48), LORA_INIT_OUT8(i + 56)
+#define LORA_INIT_OUT32(i) \
+  LORA_INIT_OUT8(i), LORA_INIT_OUT8(i + 8), LORA_INIT_OUT8(i + 16), LORA_INIT_OUT8(i + 24)
+#define LORA_INIT_OUT64(i) LORA_INIT_OUT32(i), LORA_INIT_OUT32(i + 32)
 // clang-format on
-#define LORA_INIT_WGMMA(N, TYPE, TEXT, A, B, SCALE, TRANSPOSED, ...)                       \
+#define LORA_INIT_WGMMA(N, TYPE, TEXT, A, B, SCALE, A_MAJOR, B_MAJOR, ...)                 \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #SCALE                                 \
                ", 0;\n"                                                                    \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" TEXT \
                "},"                                                                        \
-               " %" #A ", %" #B ", p, 1, 1, 0, %" #TRANSPOSED ";\n}"                       \
+               " %" #A ", %" #B ", p, 1, 1, %" #A_MAJOR ", %" #B_MAJOR ";\n}"              \
                : __VA_ARGS__                                                               \
-               : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(B_N_MAJOR)))
+               : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(A_M_MAJOR)), "n"(int(B_N_MAJOR)))
 
-// d (64, 2·SIZE) = a b + d, or a b where `accumulate` is false: 16 k of K-major a (64, 16) and of
-// b, N-major or K-major. d may be touched only after wgmma_wait, and is ready for it after
-// wgmma_fence.
-template <typename T, bool B_N_MAJOR, int SIZE>
+// d (64, 2·SIZE) = a b + d, or a b where `accumulate` is false: 16 k of a (64, 16) and of b, each
+// K-major or not. d may be touched only after wgmma_wait, and is ready for it after wgmma_fence.
+template <typename T, bool A_M_MAJOR, bool B_N_MAJOR, int SIZE>
 __device__ __forceinline__ void wgmma(float (&d)[SIZE], uint64_t a, uint64_t b, bool accumulate) {
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   static_assert(kBf16 || std::is_same_v<T, __half>);
-  static_assert(SIZE == 128 || SIZE == 64);
+  static_assert(SIZE == 128 || SIZE == 64 || SIZE == 32);
   if constexpr (SIZE == 128 && kBf16) {
-    LORA_INIT_WGMMA(256, bf16, LORA_INIT_TEXT128, 128, 129, 130, 131, LORA_INIT_OUT64(0),
+    LORA_INIT_WGMMA(256, bf16, LORA_INIT_TEXT128, 128, 129, 130, 131, 132, LORA_INIT_OUT64(0),
                     LORA_INIT_OUT64(64));
   } else if constexpr (SIZE == 128) {
-    LORA_INIT_WGMMA(256, f16, LORA_INIT_TEXT128, 128, 129, 130, 131, LORA_INIT_OUT64(0),
+    LORA_INIT_WGMMA(256, f16, LORA_INIT_TEXT128, 128, 129, 130, 131, 132, LORA_INIT_OUT64(0),
                     LORA_INIT_OUT64(64));
+  } else if constexpr (SIZE == 64 && kBf16) {
+    LORA_INIT_WGMMA(128, bf16, LORA_INIT_TEXT64, 64, 65, 66, 67, 68, LORA_INIT_OUT64(0));
+  } else if constexpr (SIZE == 64) {
+    LORA_INIT_WGMMA(128, f16, LORA_INIT_TEXT64, 64, 65, 66, 67, 68, LORA_INIT_OUT64(0));
   } else if constexpr (kBf16) {
-    LORA_INIT_WGMMA(128, bf16, LORA_INIT_TEXT64, 64, 65, 66, 67, LORA_INIT_OUT64(0));
+    LORA_INIT_WGMMA(64, bf16, LORA_INIT_TEXT32, 32, 33, 34, 35, 36, LORA_INIT_OUT32(0));
   } else {
-    LORA_INIT_WGMMA(128, f16, LORA_INIT_TEXT64, 64, 65, 66, 67, LORA_INIT_OUT64(0));
+    LORA_INIT_WGMMA(64, f16, LORA_INIT_TEXT32, 32, 33, 34, 35, 36, LORA_INIT_OUT32(0));
   }
 }
 
 #undef LORA_INIT_WGMMA
 #undef LORA_INIT_OUT64
+#undef LORA_INIT_OUT32
 #undef LORA_INIT_OUT8
 #undef LORA_INIT_TEXT128
 #undef LORA_INIT_TEXT64
+#undef LORA_INIT_TEXT32
 #undef LORA_INIT_TEXT8
 
 // Four 8 × 8 matrices of 16-bit elements from a warp's registers: lane 8·i + j gives the address of

@@ -15,6 +15,7 @@
 #include "gemm_tiles.h"
 #include "hopper.cuh"
 #include "lora_linear.h"
+#include "tensor_map.h"
 
 namespace lora_init {
 namespace {
@@ -68,14 +69,26 @@ __device__ uint32_t packed(float low, float high) {
   }
 }
 
-// bias[column] and bias[column + 1], zeros beyond n; n is even.
 template <typename T>
-__device__ float2 bias_pair(const void* bias, int column, int n) {
-  if (column >= n) return {0.f, 0.f};
+__device__ float2 unpacked(uint32_t pair) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __bfloat1622float2(__ldg(static_cast<const __nv_bfloat162*>(bias) + column / 2));
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
   } else {
-    return __half22float2(__ldg(static_cast<const __half2*>(bias) + column / 2));
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  }
+}
+
+// Pairs of bias[column + 8·i], zeros beyond n, which is even. Volatile, so that they are loaded
+// where that is asked for, ahead of their use.
+template <int PAIRS>
+__device__ void load_bias(const Operands& operands, int column, uint32_t (&pairs)[PAIRS]) {
+  const int columns = operands.bias ? operands.n - column : 0;
+  const uint32_t* const first = static_cast<const uint32_t*>(operands.bias) + column / 2;
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) {
+    pairs[i] = 0;
+    if (8 * i < columns)
+      asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(pairs[i]) : "l"(first + 4 * i));
   }
 }
 
@@ -88,6 +101,11 @@ __device__ void produce(const Operands& operands, Shared<TILE_N>& shared) {
   const int chunks = ceil_div(operands.k, kTileK), rank_chunks = ceil_div(operands.r, kTileK);
   hopper::prefetch_tensormap(&operands.x);
   hopper::prefetch_tensormap(&operands.R);
+  hopper::prefetch_tensormap(&operands.y);
+  if (operands.r) {
+    hopper::prefetch_tensormap(&operands.S);
+    hopper::prefetch_tensormap(&operands.B);
+  }
   Ring<stage_count(TILE_N)> ring;
   for (int index = blockIdx.x / CLUSTER; index < operands.m_tiles * operands.n_tiles;
        index += gridDim.x / CLUSTER) {
@@ -96,6 +114,8 @@ __device__ void produce(const Operands& operands, Shared<TILE_N>& shared) {
     const int m = (tile_m * CLUSTER + rank) * kTileM, n = tile_n * TILE_N + rank * kShare;
     for (int chunk = 0; chunk < chunks + rank_chunks; ++chunk) {
       const bool low_rank = chunk >= chunks;
+      // S may still be in the making, by the launch before.
+      if (chunk == chunks) hopper::wait_for_previous_launch();
       const int k = (low_rank ? chunk - chunks : chunk) * kTileK;
       const CUtensorMap* const map_a = low_rank ? &operands.S : &operands.x;
       const CUtensorMap* const map_b = low_rank ? &operands.B : &operands.R;
@@ -120,18 +140,12 @@ __device__ void produce(const Operands& operands, Shared<TILE_N>& shared) {
 // to one of its two buffers, from there by TMA.
 template <typename T, int TILE_N>
 __device__ void store(const Operands& operands, const float (&accumulators)[TILE_N / 2],
-                      uint8_t (&buffers)[2][kStoreBytes], int m, int n) {
+                      const uint32_t (&bias)[TILE_N / 8], uint8_t (&buffers)[2][kStoreBytes], int m,
+                      int n) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int block = 0; block < TILE_N / 64; ++block) {
     uint8_t* const buffer = buffers[block % 2];
-    float2 bias[8] = {};  // of the columns of registers 4·i … 4·i + 3
-    if (operands.bias) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        bias[i] =
-            bias_pair<T>(operands.bias, n + block * 64 + fragment_column(lane, 4 * i), operands.n);
-    }
     if (lane == 0) hopper::tma_store_wait_read<1>();
     __syncwarp();
 #pragma unroll
@@ -140,7 +154,7 @@ __device__ void store(const Operands& operands, const float (&accumulators)[TILE
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         const int i = block * 32 + step * 8 + pair * 2;
-        const float2 shift = bias[step * 2 + pair / 2];
+        const float2 shift = unpacked<T>(bias[i / 4]);
         registers[pair] = packed<T>(accumulators[i] + shift.x, accumulators[i + 1] + shift.y);
       }
       hopper::stmatrix_x4(hopper::shared_address(buffer) + store_offset(lane, step), registers);
@@ -154,7 +168,7 @@ __device__ void store(const Operands& operands, const float (&accumulators)[TILE
 // A warpgroup multiplies its 64 rows of every tile and stores them.
 template <typename T, int TILE_N, int CLUSTER, bool TRANSPOSED>
 __device__ void consume(const Operands& operands, Shared<TILE_N>& shared, int consumer) {
-  constexpr int kStepB = TRANSPOSED ? kStepNMajor : kStepKMajor;
+  constexpr int kStepB = TRANSPOSED ? kStepMNMajor : kStepKMajor;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int rank = CLUSTER == 1 ? 0 : hopper::cluster_rank();
   const int chunks = ceil_div(operands.k, kTileK), rank_steps = ceil_div(operands.r, kStepK);
@@ -170,12 +184,16 @@ __device__ void consume(const Operands& operands, Shared<TILE_N>& shared, int co
     const uint32_t a = hopper::shared_address(shared.stages[ring.stage]);
     const uint64_t of_a = k_major(a + consumer * kBlockBytes + step * kStepKMajor);
     const uint32_t b = a + kTileABytes + step * kStepB;
-    hopper::wgmma<T, TRANSPOSED>(accumulators, of_a, TRANSPOSED ? n_major(b) : k_major(b),
-                                 accumulate);
+    hopper::wgmma<T, false, TRANSPOSED>(accumulators, of_a, TRANSPOSED ? mn_major(b) : k_major(b),
+                                        accumulate);
   };
 
   for (int index = blockIdx.x / CLUSTER; index < operands.m_tiles * operands.n_tiles;
        index += gridDim.x / CLUSTER) {
+    const auto [tile_m, tile_n] =
+        tile_at(index, operands.m_tiles, operands.n_tiles, kBandM / (kTileM * CLUSTER));
+    const int m = (tile_m * CLUSTER + rank) * kTileM + consumer * 64 + warp * kStoreRows;
+    const int n = tile_n * TILE_N;
     // One chunk's products are in flight while those of the chunk before are waited for.
     int previous = -1;
     const auto finish_chunk = [&] {
@@ -192,22 +210,25 @@ __device__ void consume(const Operands& operands, Shared<TILE_N>& shared, int co
       for (int step = 0; step < kTileK / kStepK; ++step) multiply(step, chunk > 0 || step > 0);
       finish_chunk();
     }
+    // While the last products run: the tensor cores idle from their end until the tile is stored.
+    uint32_t bias[TILE_N / 8];  // of the columns of registers 4·i … 4·i + 3
+    load_bias(operands, n + fragment_column(lane, 0), bias);
     for (int first = 0; first < rank_steps; first += kTileK / kStepK) {
       hopper::mbarrier_wait(&shared.full[ring.stage], ring.parity);
       hopper::wgmma_fence();
       const int steps = min(rank_steps - first, kTileK / kStepK);
+      // Committed one by one: of a group of an unknown number, ptxas makes as many and one more.
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) multiply(step, true);
+      for (int step = 0; step < steps - 1; ++step) {
+        multiply(step, true);
+        hopper::wgmma_commit();
+      }
+      multiply(steps - 1, true);
       finish_chunk();
     }
     hopper::wgmma_wait<0>();
     release(previous);
-
-    const auto [tile_m, tile_n] =
-        tile_at(index, operands.m_tiles, operands.n_tiles, kBandM / (kTileM * CLUSTER));
-    const int m = (tile_m * CLUSTER + rank) * kTileM + consumer * 64 + warp * kStoreRows;
-    store<T, TILE_N>(operands, accumulators, shared.stores[consumer * 4 + warp], m,
-                     tile_n * TILE_N);
+    store<T, TILE_N>(operands, accumulators, bias, shared.stores[consumer * 4 + warp], m, n);
   }
   // The last stores read shared memory that must not be given back before.
   if (lane == 0) hopper::tma_store_wait_read<0>();
@@ -250,57 +271,22 @@ __global__ void lora_linear_kernel(const __grid_constant__ Operands) {}
 
 #endif
 
-// The driver's encoder is looked up at run time: linking libcuda would make it a requirement for
-// importing this module.
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode encoder() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult status{};
-  check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                              cudaEnableDefault, &status),
-             kOp);
-  if (status != cudaDriverEntryPointSuccess)
-    throw std::runtime_error("lora_linear: this driver has no cuTensorMapEncodeTiled");
-  return reinterpret_cast<Encode>(found);
-}
-
-// A (rows, columns) matrix, read or written in boxes of box_rows × 64.
-CUtensorMap tensor_map(Encode encode, const LoraLinear& call, const void* base, const char* name,
-                       int64_t rows, int64_t columns, int64_t stride, int box_rows) {
-  check_pointer(base, call.device, 16, kOp, name);
-  check(stride % 8 == 0 && stride >= columns, kOp, ": ", name, "'s rows are ", stride,
-        " elements apart, expected a multiple of 8 from ", columns, " on");
-  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)};
-  const cuuint64_t strides[] = {cuuint64_t(stride) * 2};
-  const cuuint32_t box[] = {kTileK, cuuint32_t(box_rows)}, steps[] = {1, 1};
-  CUtensorMap map;
-  const CUresult status =
-      encode(&map, call.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-             2, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check(status == CUDA_SUCCESS, kOp, ": no tensor map for ", name, " (", rows, ", ", columns,
-        ") with rows ", stride, " elements apart: CUDA error ", int(status));
-  return map;
-}
-
 template <typename T, int TILE_N, int CLUSTER, bool TRANSPOSED>
 void launch(const LoraLinear& call, int processors) {
-  const Encode encode = encoder();
+  const TensorMaps map{call.bf16, call.device, kOp};
   const int share = TILE_N / CLUSTER;
   const auto shared_operand = [&](const void* base, const char* name, int64_t k, int64_t stride) {
-    return TRANSPOSED ? tensor_map(encode, call, base, name, k, call.n, stride, kTileK)
-                      : tensor_map(encode, call, base, name, call.n, k, stride, share);
+    return TRANSPOSED ? map(base, name, k, call.n, stride, kTileK)
+                      : map(base, name, call.n, k, stride, share);
   };
   Operands operands{};
-  operands.x = tensor_map(encode, call, call.x, "x", call.m, call.k, call.stride_x, kTileM);
+  operands.x = map(call.x, "x", call.m, call.k, call.stride_x, kTileM);
   operands.R = shared_operand(call.R, "R", call.k, call.stride_R);
   if (call.r) {
-    operands.S = tensor_map(encode, call, call.S, "S", call.m, call.r, call.stride_S, kTileM);
+    operands.S = map(call.S, "S", call.m, call.r, call.stride_S, kTileM);
     operands.B = shared_operand(call.B, "B", call.r, call.stride_B);
   }
-  operands.y = tensor_map(encode, call, call.y, "y", call.m, call.n, call.stride_y, kStoreRows);
+  operands.y = map(call.y, "y", call.m, call.n, call.stride_y, kStoreRows);
   operands.bias = call.bias;
   operands.m_tiles = ceil_div(int(call.m), kTileM * CLUSTER);
   operands.n_tiles = ceil_div(int(call.n), TILE_N);
@@ -312,9 +298,11 @@ void launch(const LoraLinear& call, int processors) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   shared_bytes<TILE_N>),
              kOp);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {CLUSTER, 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {CLUSTER, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = call.overlaps;
   const int64_t clusters =
       std::min<int64_t>(processors / CLUSTER, int64_t(operands.m_tiles) * operands.n_tiles);
   cudaLaunchConfig_t config{};
@@ -322,8 +310,8 @@ void launch(const LoraLinear& call, int processors) {
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes<TILE_N>;
   config.stream = call.stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   check_cuda(cudaLaunchKernelEx(&config, kernel, operands), kOp);
 }
 
@@ -335,8 +323,11 @@ void launch(const LoraLinear& call, int processors) {
 
 template <typename T, int TILE_N>
 void launch(const LoraLinear& call, int processors) {
-  // A second CTA would compute rows below the last one.
-  const int cluster = call.cluster ? call.cluster : call.m <= kTileM ? 1 : 2;
+  // Sharing R pays from about four rounds of tiles on (H200: +2% at 8192 × 4096 × 4096, −2% at a
+  // quarter of its rows); with one row of tiles, the second CTA would have none.
+  const int64_t m_tiles = ceil_div(int(call.m), kTileM), n_tiles = ceil_div(int(call.n), TILE_N);
+  const bool shares = m_tiles > 1 && m_tiles * n_tiles > 4 * processors;
+  const int cluster = call.cluster ? call.cluster : 1 + shares;
   cluster == 2 ? launch<T, TILE_N, 2>(call, processors) : launch<T, TILE_N, 1>(call, processors);
 }
 

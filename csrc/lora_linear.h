@@ -19,8 +19,9 @@ struct LoraLinear {
   int64_t stride_x, stride_R, stride_S, stride_B, stride_y;
   bool bf16;  // else fp16
   bool transposed;
-  int tile_n;   // 128 or 256 columns a CTA, 0: by the shape
-  int cluster;  // CTAs that share their part of R, 1 or 2, 0: by the shape
+  bool overlaps;  // only S comes from the launch before, which this one may start under
+  int tile_n;     // 128 or 256 columns a CTA, 0: by the shape
+  int cluster;    // CTAs that share their part of R, 1 or 2, 0: by the shape
   int device;
   cudaStream_t stream;
 };

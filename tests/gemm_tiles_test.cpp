@@ -84,14 +84,75 @@ void replay_stage(int tile_n, int cluster, bool transposed) {
           expect(shared.at(a.k_major(m, k) / 2) == (consumer * 64 + m) * kTileK + step * kStepK + k,
                  "operand a", step, m, k);
     }
-    const int address = b + step * (transposed ? kStepNMajor : kStepKMajor);
-    const Descriptor of_b(transposed ? n_major(address) : k_major(address));
+    const int address = b + step * (transposed ? kStepMNMajor : kStepKMajor);
+    const Descriptor of_b(transposed ? mn_major(address) : k_major(address));
     for (int n = 0; n < tile_n; ++n)
       for (int k = 0; k < kStepK; ++k)
         expect(shared.at((transposed ? of_b.mn_major(n, k) : of_b.k_major(n, k)) / 2) ==
                    n * kTileK + step * kStepK + k,
                transposed ? "operand b, n-major" : "operand b, k-major", step, n, k);
   }
+}
+
+// A stage of project.cu, likewise. Of f, only the first `ranks` are asked for.
+void replay_project(bool transposed_x, bool transposed_f, int ranks) {
+  constexpr int kBase = 3 * kAtomBytes;
+  Memory shared((kBase + kProjectStageBytes) / 2, kNothing);
+  if (transposed_x) {
+    for (int consumer = 0; consumer < kConsumers; ++consumer)
+      tma_load(shared, kBase + consumer * kBlockBytes, kTileK, consumer * 64 * kTileK, 1, kTileK);
+  } else {
+    tma_load(shared, kBase, kTileM, 0, kTileK, 1);
+  }
+  const int f = kBase + kTileABytes;
+  if (transposed_f) {
+    tma_load(shared, f, kTileK, 0, 1, kTileK);
+  } else {
+    tma_load(shared, f, ceil_div(ranks, 8) * 8, 0, kTileK, 1);
+  }
+  for (int step = 0; step < kTileK / kStepK; ++step) {
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+      const int address =
+          kBase + consumer * kBlockBytes + step * (transposed_x ? kStepMNMajor : kStepKMajor);
+      const Descriptor of_x(transposed_x ? mn_major(address) : k_major(address));
+      for (int m = 0; m < 64; ++m)
+        for (int k = 0; k < kStepK; ++k)
+          expect(shared.at((transposed_x ? of_x.mn_major(m, k) : of_x.k_major(m, k)) / 2) ==
+                     (consumer * 64 + m) * kTileK + step * kStepK + k,
+                 "operand x", step, m, k);
+    }
+    const int address = f + step * (transposed_f ? kStepMNMajor : kStepKMajor);
+    const Descriptor of_f(transposed_f ? mn_major(address) : k_major(address));
+    for (int rank = 0; rank < ranks; ++rank)
+      for (int k = 0; k < kStepK; ++k)
+        expect(shared.at((transposed_f ? of_f.mn_major(rank, k) : of_f.k_major(rank, k)) / 2) ==
+                   rank * kTileK + step * kStepK + k,
+               "operand f", step, rank, k);
+  }
+}
+
+// The accumulators of a tile of project.cu as sums in shared memory, each in a place of its own.
+void replay_partials() {
+  std::set<int> seen;
+  for (int consumer = 0; consumer < kConsumers; ++consumer) {
+    for (int thread = 0; thread < 128; ++thread) {
+      for (int i = 0; i < kRanks / 2; ++i) {
+        const int row = consumer * 64 + fragment_row(thread, i), rank = fragment_column(thread, i);
+        expect(row < kTileM && rank < kRanks, "partial outside", row, rank, i);
+        expect(seen.insert(row * kPartialPitch + rank).second, "partial twice", row, rank, i);
+        expect(i % 2 == 0 || rank == fragment_column(thread, i - 1) + 1, "pair", row, rank, i);
+      }
+    }
+  }
+  expect(seen.size() == size_t(kTileM * kRanks), "partials", int(seen.size()), 0, 0);
+}
+
+void every_chunk_once(int chunks, int parts) {
+  expect(first_chunk(chunks, 0, parts) == 0, "first chunk", chunks, parts, 0);
+  expect(first_chunk(chunks, parts, parts) == chunks, "last chunk", chunks, parts, 0);
+  for (int part = 0; part < parts; ++part)
+    expect(first_chunk(chunks, part, parts) <= first_chunk(chunks, part + 1, parts), "chunks",
+           chunks, parts, part);
 }
 
 // What a warp's accumulators become in global memory, 64 columns at a time, as `store` does it.
@@ -144,6 +205,12 @@ int main() {
       for (bool transposed : {false, true}) replay_stage(tile_n, cluster, transposed);
     replay_store(tile_n);
   }
+  for (int ranks : {1, 8, 17, 64})
+    for (bool transposed_f : {false, true}) replay_project(false, transposed_f, ranks);
+  for (int ranks : {1, 64}) replay_project(true, true, ranks);
+  replay_partials();
+  for (int chunks : {1, 3, 64, 1 << 25})
+    for (int parts : {1, 2, 4, 8}) every_chunk_once(chunks, parts);
   for (int m_tiles = 1; m_tiles < 40; ++m_tiles)
     for (int n_tiles = 1; n_tiles < 30; ++n_tiles)
       for (int band : {1, 8, 16}) every_tile_once(m_tiles, n_tiles, band);

@@ -1,4 +1,5 @@
-"""csrc/lora_linear.cu: its index maths on the host, its machine code, and on a GPU its results."""
+"""csrc/lora_linear.cu and csrc/project.cu: their index maths on the host, their machine code, and
+on a GPU their results."""
 
 import re
 import shutil
@@ -44,15 +45,14 @@ def test_every_element_is_where_the_hardware_looks_for_it(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout
 
 
-@pytest.fixture(scope="module")
-def machine_code(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """What ptxas says of the kernels, and their SASS."""
+def compiled(name: str, folder: Path) -> tuple[str, str]:
+    """What ptxas says of a source's kernels, and their SASS."""
     triton = pytest.importorskip("triton")  # brings a disassembler
     if shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc")
-    cubin = tmp_path_factory.mktemp("cubin") / "lora_linear.cubin"
+    cubin = folder / f"{name}.cubin"
     flags = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
-    source = ROOT / "csrc" / "lora_linear.cu"
+    source = ROOT / "csrc" / f"{name}.cu"
     command = ["nvcc", *flags, "-Werror=all-warnings", "-o", cubin, source]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
@@ -61,25 +61,36 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return built.stderr, sass
 
 
-def test_kernels_keep_everything_in_registers_and_their_products_apart(
-    machine_code: tuple[str, str],
+@pytest.mark.parametrize(
+    ("source", "kernels"),
+    [
+        ("lora_linear", 16),  # dtypes, tile widths, cluster sizes, directions
+        ("project", 6),  # dtypes, which operands are transposed
+    ],
+)
+def test_kernels_use_registers_tensor_cores_and_the_copy_engine(
+    source: str, kernels: int, tmp_path: Path
 ) -> None:
-    said, sass = machine_code
-    kernels = sass.count("Function :")
-    assert kernels == 16  # dtypes, tile widths, cluster sizes, directions
+    said, sass = compiled(source, tmp_path)
+    assert sass.count("Function :") == kernels
     assert said.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == kernels
     assert "serialized" not in said
-    assert not re.search(r"\b(STL|LDL)\b", sass)
-
-
-def test_kernels_use_tensor_cores_and_the_copy_engine(machine_code: tuple[str, str]) -> None:
-    for kernel in machine_code[1].split("Function :")[1:]:
+    gemm = source == "lora_linear"
+    for kernel in sass.split("Function :")[1:]:
         name = kernel.split("\n", 1)[0]
-        for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "STSM", "USETMAXREG"):
+        for instruction in (
+            "HGMMA",
+            "UTMALDG",
+            *(("UTMASTG", "STSM", "USETMAXREG") if gemm else ()),
+        ):
             assert instruction in kernel, name
-        assert not re.search(r"\bHMMA\b", kernel), name
+        assert not re.search(r"\b(STL|LDL|HMMA)\b", kernel), name
+        # Products wait for those of the chunk before, not for each other.
+        assert len(re.findall(r"HGMMA\b[^;]*gsb0", kernel)) <= kernel.count("HGMMA") / 2, name
         # Two CTAs share what they both read.
-        assert ("MULTICAST" in kernel) == ("Li2E" in name), name
+        assert ("MULTICAST" in kernel) == (gemm and "Li2E" in name), name
+        # S is waited for where it is needed, and may be overtaken while it is made.
+        assert ("ACQBULK" if gemm else "PREEXIT") in kernel, name
 
 
 def test_reasons_are_given_on_the_cpu() -> None:
@@ -157,6 +168,49 @@ def test_the_product_with_every_tile(
     dx = cuda._matmul(dy, R, dS, A, transposed=True, **options)
     exact = dy.double() @ R.double() + dS.double() @ A.double()
     assert_accurate(dx, exact.cpu().numpy(), exact.to(dtype), label="dx")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("splits", [0, 1, 8])
+def test_the_skinny_products_in_any_number_of_parts(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, splits: int
+) -> None:
+    x, _, A, B, _ = operands(shape, dtype)
+    M, _, out_features, r = shape
+    dy = torch.randn(M, out_features, device="cuda").to(dtype)
+    S = cuda._padded_empty(x, r).normal_()
+    A, B = cuda._aligned(A), cuda._aligned(B)
+    both = {"transposed_x": True, "transposed_f": True}
+    for label, big, f, transposed in (
+        ("S", x, A, {}),
+        ("dS", dy, B, {"transposed_f": True}),
+        ("dB", dy, S, both),
+        ("dA", x, S, both),
+    ):
+        exact = 0.5 * (
+            (big.double().T if "transposed_x" in transposed else big.double())
+            @ (f.double() if transposed else f.double().T)
+        )
+        # dA is (r, in).
+        c = x.new_full(exact.shape[::-1] if label == "dA" else exact.shape, torch.nan)
+        c = c.T if label == "dA" else c
+        cuda._project(big, f, c, 0.5, splits=splits, **transposed)
+        assert_accurate(c, exact.cpu().numpy(), exact.to(dtype), label=label)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
+def test_the_product_waits_for_the_low_rank_operand_that_it_overtakes() -> None:
+    x, R, A, B, bias = operands((2048, 4096, 4096, 16), torch.bfloat16)
+    for _ in range(20):
+        S = torch.full_like(x[:, :16], torch.nan)
+        cuda._project(x, A, S, 2.0)
+        y = cuda._matmul(x, R, S, B, bias, overlaps=True)
+        assert torch.equal(y, cuda._matmul(x, R, S, B, bias))
+        x = x.roll(1, 0)
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ VERIFIED: tuple[str, ...] = ()
 
 _OPS = ("descend", "lora_linear")
 # Of csrc/blocks.h.
-_BLOCK, _COUNTER_BYTES, _MOST_STEPS = 256, 32, 1 << 20
+_BLOCK, _COUNTERS, _COUNTER_BYTES, _MOST_STEPS = 256, 2, 32, 1 << 20
 # Op -> the compute capabilities where a file in benchmarks/results/ shows it faster than Triton.
 _FASTER: dict[str, tuple[tuple[int, int], ...]] = {}
 
@@ -105,18 +105,18 @@ class DescendTable:
 
 
 def descend_table(group: Sequence[Tensor], state: DescentState) -> DescendTable:
-    rows, blocks, counters = [], [0], 0
+    rows, blocks = [], [0]
     for i, (W, params) in enumerate(zip(group, state.params, strict=True)):
         # Plain descent touches no moments.
         tensors = (params, *(state.moments[i] if state.moments else (params, params)))
         addresses = (t.data_ptr() for t in tensors)
         size = (*W.shape, params.shape[0])
-        rows.append((W.data_ptr(), *W.stride(), *size, *addresses, blocks[-1], counters))
+        rows.append((W.data_ptr(), *W.stride(), *size, *addresses, blocks[-1], i * _COUNTERS))
         row_blocks, column_blocks = (-(-size // _BLOCK) for size in W.shape)
         blocks.append(blocks[-1] + row_blocks * column_blocks)
-        counters += 3 + 2 * (row_blocks + column_blocks)
     layers = np.array(rows, np.int64)
-    return DescendTable(layers, blocks[-1], int(np.diff(blocks).max()), counters * _COUNTER_BYTES)
+    counter_bytes = len(rows) * _COUNTERS * _COUNTER_BYTES
+    return DescendTable(layers, blocks[-1], int(np.diff(blocks).max()), counter_bytes)
 
 
 def lora_linear_forward(
@@ -130,8 +130,12 @@ def lora_linear_forward(
     dropout_p: float,
     trained: int,
 ) -> tuple[Tensor, Tensor]:
-    S = (_dropped(x, seed, dropout_p) @ A.T).mul_(scaling / keep_rate(dropout_p))
-    return _matmul(x, R, S, B, bias), S
+    x, A, B = _aligned(x), _aligned(A), _aligned(B)
+    bias = None if bias is None else bias.contiguous()
+    S = _padded_empty(x, A.shape[0])
+    _project(_dropped(x, seed, dropout_p), A, S, scaling / keep_rate(dropout_p))
+    y = _matmul(x, R, S, B, bias, overlaps=True)
+    return y, S.contiguous()
 
 
 def lora_linear_backward(
@@ -149,20 +153,67 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     need_x, need_A, need_B, need_bias = output_mask
     dx = dA = dB = None
+    dy = _aligned(dy)
     if need_x or need_A:
-        dS = (dy @ B).mul_(scaling / keep_rate(dropout_p))
+        A, B = _aligned(A), _aligned(B)
+        dS = _padded_empty(dy, B.shape[1])
+        _project(dy, B, dS, scaling / keep_rate(dropout_p), transposed_f=True)
         if need_x and seed is None:
-            dx = _matmul(dy, R, dS, A, transposed=True)
+            dx = _matmul(dy, R, dS, A, transposed=True, overlaps=True)
         elif need_x:
             # The mask is of dS A alone, which the kernel never has apart.
             dx = _matmul(dy, R, transposed=True).add_(_dropped(dS @ A, seed, dropout_p))
         if need_A:
             assert x is not None
-            dA = dS[:, :trained].T @ _dropped(x, seed, dropout_p)
+            dA = A.new_empty(trained, A.shape[1])
+            dropped = _aligned(_dropped(x, seed, dropout_p))
+            _project(dropped, dS[:, :trained], dA.T, transposed_x=True, transposed_f=True)
     if need_B:
         assert S is not None
-        dB = dy.T @ S[:, :trained]
+        dB = B.new_empty(B.shape[0], trained)
+        _project(dy, _aligned(S[:, :trained]), dB, transposed_x=True, transposed_f=True)
     return dx, dA, dB, dy.sum(0) if need_bias else None
+
+
+def _project(
+    x: Tensor,
+    f: Tensor,
+    c: Tensor,
+    scale: float = 1.0,
+    *,
+    transposed_x: bool = False,
+    transposed_f: bool = False,
+    splits: int = 0,
+) -> None:
+    """c = scale · x fᵀ, or with x and f transposed, in one launch that reads x once.
+
+    Args:
+        x: (m, k), or (k, m); fp16 or bf16, rows contiguous and aligned to 16 bytes.
+        f: (r, k), or (k, r); likewise.
+        c: (m, r), any strides; written.
+        transposed_x: only with transposed_f.
+        splits: of csrc/project.h; 0 lets the shape decide.
+    """
+    k, m = x.shape if transposed_x else x.shape[::-1]
+    if k == 0:
+        c.zero_()
+        return
+    module = native.module()
+    assert module is not None
+    module.project(
+        x=x.data_ptr(),
+        f=f.data_ptr(),
+        c=c.data_ptr(),
+        sizes=(m, k, c.shape[1]),
+        strides=(x.stride(0), f.stride(0), *c.stride()),
+        bf16=x.dtype == torch.bfloat16,
+        transposed_x=transposed_x,
+        transposed_f=transposed_f,
+        scale=scale,
+        splits=splits,
+        device=x.device.index,
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+    )
 
 
 def _matmul(
@@ -173,6 +224,7 @@ def _matmul(
     bias: Tensor | None = None,
     *,
     transposed: bool = False,
+    overlaps: bool = False,
     tile_n: int = 0,
     cluster: int = 0,
 ) -> Tensor:
@@ -184,6 +236,7 @@ def _matmul(
         S: (M, r), r ≥ 1.
         B: (n, r), or (r, n).
         bias: (n,).
+        overlaps: may start before the launch before it ends, which made S and nothing else of this.
         tile_n, cluster: of csrc/lora_linear.h; 0 lets the shape decide.
 
     Returns:
@@ -211,6 +264,7 @@ def _matmul(
         strides=(x.stride(0), R.stride(0), stride_S, stride_B, n),
         bf16=x.dtype == torch.bfloat16,
         transposed=transposed,
+        overlaps=overlaps,
         tile_n=tile_n,
         cluster=cluster,
         device=x.device.index,
@@ -223,10 +277,13 @@ def _aligned(matrix: Tensor) -> Tensor:
     """The same matrix with rows that TMA can address: itself, or a copy."""
     if _why_not_aligned(matrix) is None:
         return matrix
-    rows, columns = matrix.shape
     # On the stream that reads it, so that the allocator may give its memory away afterwards.
-    copy = matrix.new_empty(rows, -(-columns // 8) * 8)[:, :columns]
-    return copy.copy_(matrix)
+    return _padded_empty(matrix, matrix.shape[1]).copy_(matrix)
+
+
+def _padded_empty(like: Tensor, columns: int) -> Tensor:
+    """As many rows as `like` has, for TMA to address."""
+    return like.new_empty(like.shape[0], -(-columns // 8) * 8)[:, :columns]
 
 
 def _why_not_aligned(matrix: Tensor) -> str | None:

@@ -60,16 +60,16 @@ PYBIND11_MODULE(_C, m) {
       "project",
       [](uintptr_t x, uintptr_t f, uintptr_t c, std::array<int64_t, 3> sizes,
          std::array<int64_t, 4> strides, bool bf16, bool transposed_x, bool transposed_f,
-         double scale, int splits, int device, uintptr_t stream) {
+         bool overlaps, double scale, int splits, int device, uintptr_t stream) {
         const auto [m, k, r] = sizes;
         const auto [stride_x, stride_f, stride_c_m, stride_c_r] = strides;
         project({pointer(x), pointer(f), const_cast<void*>(pointer(c)), m, k, r, stride_x, stride_f,
-                 stride_c_m, stride_c_r, bf16, transposed_x, transposed_f, float(scale), splits,
-                 device, reinterpret_cast<cudaStream_t>(stream)});
+                 stride_c_m, stride_c_r, bf16, transposed_x, transposed_f, overlaps, float(scale),
+                 splits, device, reinterpret_cast<cudaStream_t>(stream)});
       },
       py::kw_only(), py::arg("x"), py::arg("f"), py::arg("c"), py::arg("sizes"), py::arg("strides"),
-      py::arg("bf16"), py::arg("transposed_x"), py::arg("transposed_f"), py::arg("scale"),
-      py::arg("splits") = 0, py::arg("device"), py::arg("stream"));
+      py::arg("bf16"), py::arg("transposed_x"), py::arg("transposed_f"), py::arg("overlaps"),
+      py::arg("scale"), py::arg("splits") = 0, py::arg("device"), py::arg("stream"));
 
   m.def("why_no_descend", &why_no_descend, py::arg("device"));
   m.def("descend_capacity", &descend_capacity, py::arg("ranks"), py::arg("device"));

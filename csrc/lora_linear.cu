@@ -114,8 +114,12 @@ __device__ void produce(const Operands& operands, Shared<TILE_N>& shared) {
     const int m = (tile_m * CLUSTER + rank) * kTileM, n = tile_n * TILE_N + rank * kShare;
     for (int chunk = 0; chunk < chunks + rank_chunks; ++chunk) {
       const bool low_rank = chunk >= chunks;
-      // S may still be in the making, by the launch before.
-      if (chunk == chunks) hopper::wait_for_previous_launch();
+      // S may still be in the making, by the launch before. The next one may read it too, so that
+      // it must not start earlier.
+      if (chunk == chunks) {
+        hopper::wait_for_previous_launch();
+        hopper::launch_dependents();
+      }
       const int k = (low_rank ? chunk - chunks : chunk) * kTileK;
       const CUtensorMap* const map_a = low_rank ? &operands.S : &operands.x;
       const CUtensorMap* const map_b = low_rank ? &operands.B : &operands.R;

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ uint8_t raw[];
   auto& shared =
       *reinterpret_cast<Shared*>(raw + (-hopper::shared_address(raw) & (kAtomBytes - 1)));
-  // The GEMM that multiplies with C starts on processors that are done here.
+  // What may overlap starts on processors that are done here.
   hopper::launch_dependents();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kProjectStages; ++stage) {
@@ -170,6 +170,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   hopper::cluster_sync();
   store<T>(operands, partials, work, split, splits);
   hopper::cluster_sync_relaxed();  // a CTA stays while others read its sums
+  // The end of this launch tells the next one that all those before have ended.
+  hopper::wait_for_previous_launch();
 }
 
 #else
@@ -212,17 +214,19 @@ void launch(const Project& call) {
   const auto kernel = &project_kernel<T, TRANSPOSED_X, TRANSPOSED_F>;
   check_cuda(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), kOp);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(splits), 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {unsigned(splits), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = call.overlaps;
   cudaLaunchConfig_t config{};
   config.gridDim =
       dim3(unsigned(ceil_div(operands.m, kTileM) * splits), unsigned(ceil_div(operands.r, kRanks)));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = call.stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   check_cuda(cudaLaunchKernelEx(&config, kernel, operands), kOp);
 }
 

@@ -19,6 +19,7 @@ struct Project {
   bool bf16;          // else fp16
   bool transposed_x;  // x is (k, m), else (m, k); only with transposed_f
   bool transposed_f;  // f is (k, r), else (r, k)
+  bool overlaps;      // may start under the launch before, which made neither x nor f
   float scale;
   int splits;  // of k, over the CTAs of a cluster: 1, 2, 4, 8, or 0: by the shape
   int device;

@@ -153,25 +153,26 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     need_x, need_A, need_B, need_bias = output_mask
     dx = dA = dB = None
-    dy = _aligned(dy)
+    # Copies come first: of the launches below, each may start under the one before.
+    dy, A, B = _aligned(dy), _aligned(A), _aligned(B)
+    dropped = _aligned(_dropped(x, seed, dropout_p)) if need_A and x is not None else None
+    trained_S = _aligned(S[:, :trained]) if need_B and S is not None else None
+    dS = _padded_empty(dy, B.shape[1])
     if need_x or need_A:
-        A, B = _aligned(A), _aligned(B)
-        dS = _padded_empty(dy, B.shape[1])
         _project(dy, B, dS, scaling / keep_rate(dropout_p), transposed_f=True)
-        if need_x and seed is None:
-            dx = _matmul(dy, R, dS, A, transposed=True, overlaps=True)
-        elif need_x:
-            # The mask is of dS A alone, which the kernel never has apart.
-            dx = _matmul(dy, R, transposed=True).add_(_dropped(dS @ A, seed, dropout_p))
-        if need_A:
-            assert x is not None
-            dA = A.new_empty(trained, A.shape[1])
-            dropped = _aligned(_dropped(x, seed, dropout_p))
-            _project(dropped, dS[:, :trained], dA.T, transposed_x=True, transposed_f=True)
-    if need_B:
-        assert S is not None
+    if need_x and seed is None:
+        dx = _matmul(dy, R, dS, A, transposed=True, overlaps=True)
+    elif need_x:
+        # The mask is of dS A alone, which the kernel never has apart.
+        dx = _matmul(dy, R, transposed=True).add_(_dropped(dS @ A, seed, dropout_p))
+    # The product lets go of its launch when dS is there, and has a last round that is not full.
+    both = {"transposed_x": True, "transposed_f": True, "overlaps": need_x and seed is None}
+    if trained_S is not None:
         dB = B.new_empty(B.shape[0], trained)
-        _project(dy, _aligned(S[:, :trained]), dB, transposed_x=True, transposed_f=True)
+        _project(dy, trained_S, dB, **both)
+    if dropped is not None:
+        dA = A.new_empty(trained, A.shape[1])
+        _project(dropped, dS[:, :trained], dA.T, **both)
     return dx, dA, dB, dy.sum(0) if need_bias else None
 
 
@@ -183,6 +184,7 @@ def _project(
     *,
     transposed_x: bool = False,
     transposed_f: bool = False,
+    overlaps: bool = False,
     splits: int = 0,
 ) -> None:
     """c = scale · x fᵀ, or with x and f transposed, in one launch that reads x once.
@@ -192,6 +194,7 @@ def _project(
         f: (r, k), or (k, r); likewise.
         c: (m, r), any strides; written.
         transposed_x: only with transposed_f.
+        overlaps: may start before the launch before it ends, which made neither x nor f.
         splits: of csrc/project.h; 0 lets the shape decide.
     """
     k, m = x.shape if transposed_x else x.shape[::-1]
@@ -209,6 +212,7 @@ def _project(
         bf16=x.dtype == torch.bfloat16,
         transposed_x=transposed_x,
         transposed_f=transposed_f,
+        overlaps=overlaps,
         scale=scale,
         splits=splits,
         device=x.device.index,

@@ -38,27 +38,35 @@ LORA_INIT_HD constexpr int unit_offset(int row, int unit) {
   return row * kRowBytes + ((unit ^ (row & 7)) << 4);
 }
 
-// Where lane `lane` points ldmatrix.x4 for a tile: rows 0-7 and 8-15 of its first 8 columns, then
-// of its last 8.
+// Where lane `lane` points ldmatrix.x4 for a tile, so that its words are two operands B of mma, of
+// 8 rows each: a row's first and last 8 columns are together.
 LORA_INIT_HD constexpr int lane_offset(int tile_row, int tile_column, int lane) {
+  return unit_offset(tile_row * kTile + lane / 16 * 8 + lane % 8, tile_column * 2 + lane / 8 % 2);
+}
+// Transposed, of 8 columns each.
+LORA_INIT_HD constexpr int transposed_offset(int tile_row, int tile_column, int lane) {
   return unit_offset(tile_row * kTile + lane % 16, tile_column * 2 + lane / 16);
 }
 
-// Packed factors lie as mma's operand B wants them: for every 16 columns of the factor and 8 of its
-// ranks, 16 bytes a lane, the two words of the hi parts before the two of the lo parts. The place
-// of a 16-bit element, part 0 or 1, in a group of kBlock columns.
-LORA_INIT_HD constexpr int part_index(int ranks, int rank, int column, int part) {
-  const int k = column % kTile;
-  const int lane = rank % 8 * 4 + k % 8 / 2;
-  const int fragment = (column / kTile * (ranks / 8) + rank / 8) * 32 + lane;
-  return (fragment * 4 + part * 2 + k / 8) * 2 + k % 2;
+// A tile of 16 columns of a factor, or of its gradient, lies as mma's operands want it: in chunks
+// of 16 bytes, for every 8 ranks one a lane, which has rank lane / 4 of 4 columns: floats, or the
+// hi and lo parts of two columns and of the other two.
+constexpr int kChunk = 16;
+LORA_INIT_HD constexpr int chunk_offset(int ranks, int tile, int n, int lane) {
+  return ((tile * (ranks / 8) + n) * 32 + lane) * kChunk;
+}
+LORA_INIT_HD constexpr int chunk_rank(int n, int lane) { return n * 8 + lane / 4; }
+LORA_INIT_HD constexpr int chunk_column(int tile, int lane, int i) {
+  return tile * kTile + lane % 4 * 2 + i / 2 * 8 + i % 2;
 }
 
-// What a CTA leaves for others, in its own region of the workspace. Two slots, for odd and even
-// steps: a CTA writes the next step's while its slowest reader still reads this one's.
+// What a CTA leaves for others, in its own region of the workspace, before what it keeps for
+// itself. Two slots, for odd and even steps: a CTA writes the next step's while its slowest reader
+// still reads this one's.
 template <int kRanks>
 struct Region {
-  static constexpr int kExchange = kBlock * kRanks * 4;  // bytes of a partial, and of packed parts
+  static constexpr int kExchange = chunk_offset(kRanks, kTiles, 0, 0);  // bytes of a block's factor
+  static constexpr int kGramBytes = kRanks / 8 * 32 * kChunk;
   LORA_INIT_HD static constexpr int partial(int side, int slot) {
     return (side * 2 + slot) * kExchange;
   }
@@ -66,17 +74,18 @@ struct Region {
     return (4 + side * 2 + slot) * kExchange;
   }
   LORA_INIT_HD static constexpr int gram(int side, int slot) {
-    return 8 * kExchange + (side * 2 + slot) * kRanks * kRanks * 4;
+    return 8 * kExchange + (side * 2 + slot) * kGramBytes;
   }
-  static constexpr int64_t kBytes = 8 * kExchange + 4 * kRanks * kRanks * 4;
+  static constexpr int kSharedBytes = 8 * kExchange + 4 * kGramBytes;
+  // Parameters, m and v.
+  LORA_INIT_HD static constexpr int state(int side, int which) {
+    return kSharedBytes + (side * 3 + which) * kExchange;
+  }
+  static constexpr int kBytes = kSharedBytes + 6 * kExchange;
 };
 
-// Counters of a layer, one a 32-byte sector: its end, Gram matrices done by side, and for every row
-// and every column of blocks the partial products and the packed factors done.
+// Counters of a layer, one a 32-byte sector: CTAs that are ready for it, and that are done with it.
 constexpr int kCounterWords = 8;
-enum Counter { kDone = 0, kGram = 1, kGroups = 3 };
-LORA_INIT_HD constexpr int counter_count(int row_blocks, int column_blocks) {
-  return kGroups + 2 * (row_blocks + column_blocks);
-}
+enum Counter { kReady, kDone, kCounters };
 
 }  // namespace lora_init::blocks

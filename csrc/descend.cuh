@@ -3,15 +3,14 @@
 // A CTA keeps a block of W on chip (blocks.h) and takes part in each step of its layer:
 //
 // 1. products: W Aᵀ and Bᵀ W of its block, from the parts of A and B; they are left in global
-// memory,
-//    which is to say in the L2;
+//    memory, which is to say in the L2;
 // 2. updates: two warps add up the products of a slice of B's rows, two those of a slice of A's
 //    columns, do an optimiser step on it and leave its new parts.
 //
-// CTAs wait for each other twice a step, by counters, one a row and one a column of blocks: B's
-// rows need only the CTAs beside, A's columns those above and below. Only the Gram matrices AAᵀ and
-// BᵀB are of a whole layer, and layers never wait for each other. What a wait costs is its trips to
-// the L2, so both sides make theirs together.
+// So CTAs wait for each other twice a step, and a step is mostly such waits, of trips to the L2.
+// B's rows need only the CTAs beside, A's columns those above and below; only the Gram matrices AAᵀ
+// and BᵀB are of a whole layer, and layers never wait for each other. What is left for others says
+// itself of which step it is: a counter would be two trips and a fence more.
 #pragma once
 
 #include "blocks.h"
@@ -53,92 +52,135 @@ class Descent {
   // before a layer end without it, so it begins everywhere.
   __device__ __forceinline__ void run() {
     for (int64_t block = blockIdx.x; block < launch_.blocks; block += gridDim.x) {
-      while (layer_->first_block + block_count() <= block) ++layer_;
-      const int index = int(block - layer_->first_block);
-      row_ = index / groups(1);
-      column_ = index % groups(1);
-      base_ = int(layer_->first_block % gridDim.x);
+      find(block);
       load_weight();
-      publish();
+      load_state();
+      clear();
+      meet(kReady);
+      for (int tile = first_tile(); tile < end_tile(); tile += 2)
+        send_parts(tile, stored(tile, 0), 0);
       for (int step = 0; step < launch_.steps; ++step) {
         products(step);
         update(step);
       }
-      // The next block's products go where this layer's may still be read.
-      arrive({counter(kDone)});
-      await({counter(kDone)}, {uint32_t(block_count())});
+      store_state();
+      meet(kDone);
     }
   }
 
  private:
   using Regions = Region<kRanks>;
+  using Words = warp::Words;
+  using Floats = warp::Floats;
   static constexpr int kFragments = kRanks / 8;
   static constexpr int kUnroll = 4 / kFragments;
 
-  // A tile's product with the hi and with the lo parts of a factor.
+  // A tile of a factor: 4 columns of each rank of this lane's.
+  struct Tile {
+    Floats of[kFragments];
+  };
+  // A tile's product with the hi parts of a factor, and below with the lo parts.
   struct Sum {
-    float high[kFragments][4] = {}, low[kFragments][4] = {};
+    float half[kFragments][2][4] = {};
   };
 
   // Geometry
 
+  __device__ __forceinline__ void find(int64_t block) {
+    while (true) {
+      rows_ = ceil_div(layer_->sizes[0], kBlock);
+      columns_ = ceil_div(layer_->sizes[1], kBlock);
+      if (block < layer_->first_block + rows_ * columns_) break;
+      ++layer_;
+    }
+    const int index = int(block - layer_->first_block);
+    row_ = index / columns_;
+    column_ = index % columns_;
+    base_ = int(layer_->first_block % gridDim.x);
+    mean_ = 2 / (float(layer_->sizes[0]) * float(layer_->sizes[1]));
+  }
+
   // A group is the blocks of a row (side 0) or column (side 1); it has a member in each group of
   // the other side.
-  __device__ __forceinline__ int groups(int side) const {
-    return ceil_div(layer_->sizes[side], kBlock);
-  }
-  __device__ __forceinline__ int members(int side) const { return groups(1 - side); }
+  __device__ __forceinline__ int members(int side) const { return side == 0 ? columns_ : rows_; }
   __device__ __forceinline__ int group(int side) const { return side == 0 ? row_ : column_; }
   __device__ __forceinline__ int member(int side) const { return group(1 - side); }
-  __device__ __forceinline__ int block_count() const { return groups(0) * groups(1); }
 
-  __device__ __forceinline__ char* region(int side, int group, int member) const {
-    const int index = side == 0 ? group * groups(1) + member : member * groups(1) + group;
+  __device__ __forceinline__ uint32_t region(int side, int group, int member) const {
+    const int index = side == 0 ? group * columns_ + member : member * columns_ + group;
     const int cta = base_ + index, grid = gridDim.x;  // a layer has no more blocks than the grid
-    return launch_.workspace + (cta < grid ? cta : cta - grid) * Regions::kBytes;
+    return (cta < grid ? cta : cta - grid) * Regions::kBytes;
   }
-
-  __device__ __forceinline__ uint32_t* counter(int index) const {
-    return launch_.counters + (layer_->first_counter + index) * kCounterWords;
+  __device__ __forceinline__ char* own() const {
+    return launch_.workspace + uint32_t(blockIdx.x * Regions::kBytes);
   }
-  __device__ __forceinline__ uint32_t* products_done(int side) const {
-    return counter(kGroups + 2 * (side * groups(0) + group(side)));
-  }
-  __device__ __forceinline__ uint32_t* parts_done(int side) const {
-    return products_done(side) + kCounterWords;
+  __device__ __forceinline__ int chunk(int tile, int n) const {
+    return chunk_offset(kRanks, tile, n, lane_);
   }
 
   // Waiting
 
-  // All threads' writes are visible to whoever sees the counts.
-  template <int kCounters>
-  __device__ __forceinline__ void arrive(uint32_t* const (&counters)[kCounters]) const {
+  // For the whole layer; what its CTAs wrote before, all see afterwards.
+  __device__ __forceinline__ void meet(Counter which) const {
     warp::sync_threads();
-    if (threadIdx.x != 0) return;
-    warp::fence();
-    for (uint32_t* counter : counters)
-      if (counter) warp::add(counter);
-  }
-
-  // A warp for each.
-  template <int kCounters>
-  __device__ __forceinline__ void await(const uint32_t* const (&counters)[kCounters],
-                                        const uint32_t (&counts)[kCounters]) const {
-#pragma unroll
-    for (int i = 0; i < kCounters; ++i)
-      if (threadIdx.x == i * 32) spin(counters[i], counts[i]);
-    warp::sync_threads();
-  }
-
-  __device__ __forceinline__ static void spin(const uint32_t* counter, uint32_t count) {
-#ifdef LORA_INIT_SPIN_LIMIT
-    for (int64_t i = 0; i < LORA_INIT_SPIN_LIMIT; ++i)
-      if (warp::load_acquire(counter) >= count) return;
-    warp::stop();
-#else
-    while (warp::load_acquire(counter) < count) {
+    if (threadIdx.x == 0) {
+      uint32_t* counter = launch_.counters + (layer_->first_counter + which) * kCounterWords;
+      warp::fence();
+      warp::add(counter);
+      Patience patience;
+      while (warp::load_acquire(counter) < uint32_t(rows_ * columns_)) patience.wait();
     }
+    warp::sync_threads();
+  }
+
+  struct Patience {
+#ifdef LORA_INIT_SPIN_LIMIT
+    int left = LORA_INIT_SPIN_LIMIT;
+    __device__ __forceinline__ void wait() {
+      if (--left == 0) warp::stop();
+    }
+#else
+    __device__ __forceinline__ void wait() {}
 #endif
+  };
+
+  // The last bit of 16 bytes left for others says of which step they are: a slot is written every
+  // second step, and it changes.
+  __device__ __forceinline__ static uint32_t mark(int step) { return step >> 1 & 1; }
+
+  __device__ __forceinline__ static void send(char* to, Words words, int step) {
+    words.x[3] = (words.x[3] & ~1u) | mark(step);
+    warp::store_whole(to, words);
+  }
+
+  // From `address(i)` in the workspace. The first is asked for until it is there, then all of them.
+  template <int kCount, typename Address>
+  __device__ __forceinline__ void receive(Words (&words)[kCount], int step, Address address) const {
+    Patience patience;
+    const auto late = [&](const Words& w) { return (w.x[3] & 1) != mark(step); };
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) words[i] = warp::load_whole(launch_.workspace + address(i));
+    while (warp::any(late(words[0]))) {
+      words[0] = warp::load_whole(launch_.workspace + address(0));
+      patience.wait();
+    }
+    while (true) {
+      bool again = false;
+#pragma unroll
+      for (int i = 1; i < kCount; ++i) again |= late(words[i]);
+      if (!warp::any(again)) break;
+#pragma unroll
+      for (int i = 1; i < kCount; ++i) words[i] = warp::load_whole(launch_.workspace + address(i));
+      patience.wait();
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) words[i].x[3] &= ~1u;
+  }
+
+  // The slots of this CTA, as if of the steps before.
+  __device__ __forceinline__ void clear() const {
+    for (int at = threadIdx.x * kChunk; at < Regions::kSharedBytes; at += kThreads * kChunk)
+      warp::store_whole(own() + at, {{0, 0, 0, 1}});
   }
 
   // Memory
@@ -179,11 +221,11 @@ class Descent {
     warp::sync_threads();
   }
 
-  __device__ __forceinline__ const char* tile_address(int row, int column) const {
-    return warp::shared_memory() + lane_offset(row, column, lane_);
+  __device__ __forceinline__ Words tile(int row, int column) const {
+    return warp::load_matrix(warp::shared_memory() + lane_offset(row, column, lane_));
   }
-  __device__ __forceinline__ warp::Words tile(int row, int column) const {
-    return warp::load_matrix(tile_address(row, column));
+  __device__ __forceinline__ Words transposed(int row, int column) const {
+    return warp::load_transposed(warp::shared_memory() + transposed_offset(row, column, lane_));
   }
 
   // Behind W: a group's parts, of both sides where there is room, then what warps exchange.
@@ -192,368 +234,421 @@ class Descent {
     return warp::shared_memory() + kWeightBytes + (kBoth ? side * Regions::kExchange : 0);
   }
 
-  __device__ __forceinline__ void stage_parts(int side, int step) const {
-    const char* from = region(side, group(side), 0) + Regions::parts(side, step & 1);
+  template <int kSides>
+  __device__ __forceinline__ void stage_parts(int first_side, int step) const {
+    constexpr int kEach = Regions::kExchange / (kThreads * kChunk);
+    const int at = threadIdx.x * kChunk;
+    uint32_t from[kSides];
 #pragma unroll
-    for (int at = threadIdx.x * 16; at < Regions::kExchange; at += kThreads * 16)
-      warp::copy_async(operand(side) + at, from + at, true);
+    for (int i = 0; i < kSides; ++i) {
+      const int side = (first_side + i) % 2;
+      from[i] = region(side, group(side), 0) + Regions::parts(side, step & 1) + at;
+    }
+    Words words[kSides * kEach];
+    receive(words, step, [&](int i) { return from[i / kEach] + i % kEach * (kThreads * kChunk); });
+#pragma unroll
+    for (int i = 0; i < kSides * kEach; ++i)
+      *reinterpret_cast<Words*>(operand((first_side + i / kEach) % 2) + at +
+                                i % kEach * (kThreads * kChunk)) = words[i];
+    warp::sync_threads();
   }
 
-  // The hi words, then the lo words, of tile `k` of a staged factor and its `n`-th 8 ranks.
-  __device__ __forceinline__ warp::Words parts(int side, int k, int n) const {
-    const int fragment = (k * kFragments + n) * 32 + lane_;
-    return reinterpret_cast<const warp::Words*>(operand(side))[fragment];
+  // Of a staged factor.
+  __device__ __forceinline__ void load_parts(int side, int tile, Words (&parts)[kFragments]) const {
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n)
+      parts[n] = *reinterpret_cast<const Words*>(operand(side) + chunk(tile, n));
   }
 
   // Products
 
   __device__ __forceinline__ void products(int step) {
-    await({parts_done(0), parts_done(1)},
-          {members(0) * uint32_t(step + 1), members(1) * uint32_t(step + 1)});
-    stage_parts(1, step);
-    if (kBoth) stage_parts(0, step);
-    warp::wait_copies();
-    warp::sync_threads();
-    char* own = region(0, row_, column_);
-    if (member(1) == 0) gram(1, own, step);
-    multiply_rows(reinterpret_cast<float*>(own + Regions::partial(0, step & 1)));
+    warp::sync_threads();  // the operands' place was the warps'
+    stage_parts<kBoth ? 2 : 1>(1, step);
+    if (member(1) == gram_owner(1, column_)) gram(1, 0, step);
+    multiply_rows(own() + Regions::partial(0, step & 1), step);
     if (!kBoth) {
       warp::sync_threads();
-      stage_parts(0, step);
-      warp::wait_copies();
-      warp::sync_threads();
+      stage_parts<1>(0, step);
     }
-    if (member(0) == 0) gram(0, own, step);
-    multiply_columns(reinterpret_cast<float*>(own + Regions::partial(1, step & 1)));
-    arrive({products_done(0), products_done(1), member(0) == 0 ? counter(kGram) : nullptr,
-            member(1) == 0 ? counter(kGram + 1) : nullptr});
+    if (member(0) == gram_owner(0, row_)) gram(0, kWarps / 2, step);
+    multiply_columns(own() + Regions::partial(1, step & 1), step);
   }
 
-  // partial (256, ranks) = W Aᵀ
-  __device__ __forceinline__ void multiply_rows(float* partial) const {
+  // W Aᵀ
+  __device__ __forceinline__ void multiply_rows(char* partial, int step) const {
     Sum sums[kStrip];
 #pragma unroll kUnroll
     for (int k = 0; k < kSharedTiles; ++k) {
-      warp::Words b[kFragments];
+      Words a[kFragments];
+      load_parts(1, k, a);
 #pragma unroll
-      for (int n = 0; n < kFragments; ++n) b[n] = parts(1, k, n);
-#pragma unroll
-      for (int i = 0; i < kStrip; ++i) accumulate(sums[i], tile(kStrip * warp_ + i, k), b);
+      for (int i = 0; i < kStrip; ++i) accumulate(sums[i], a, tile(kStrip * warp_ + i, k));
     }
 #pragma unroll
     for (int k = 0; k < kRegisterTiles; ++k) {
-      warp::Words b[kFragments];
+      Words a[kFragments];
+      load_parts(1, kSharedTiles + k, a);
 #pragma unroll
-      for (int n = 0; n < kFragments; ++n) b[n] = parts(1, kSharedTiles + k, n);
-#pragma unroll
-      for (int i = 0; i < kStrip; ++i) accumulate(sums[i], weight_[i][k], b);
+      for (int i = 0; i < kStrip; ++i) accumulate(sums[i], a, weight_[i][k]);
     }
 #pragma unroll
     for (int i = 0; i < kStrip; ++i)
-      store(sums[i], partial + (kStrip * warp_ + i) * kTile * kRanks);
+#pragma unroll
+      for (int n = 0; n < kFragments; ++n)
+        send(partial + chunk(kStrip * warp_ + i, n), cast<Words>(total(sums[i], n)), step);
   }
 
-  // partial (256, ranks) = Wᵀ B. Of the columns in registers each warp has some rows, so that its
-  // products are added up.
-  __device__ __forceinline__ void multiply_columns(float* partial) const {
+  // Wᵀ B. Of the columns in registers each warp has some rows, so that its products are added up.
+  __device__ __forceinline__ void multiply_columns(char* partial, int step) const {
     Sum sums[kSharedStrip];
 #pragma unroll kUnroll
     for (int k = 0; k < kTiles; ++k) {
-      warp::Words b[kFragments];
+      Words a[kFragments];
+      load_parts(0, k, a);
 #pragma unroll
-      for (int n = 0; n < kFragments; ++n) b[n] = parts(0, k, n);
-#pragma unroll
-      for (int i = 0; i < kSharedStrip; ++i) {
-        const auto w = warp::load_transposed(tile_address(k, kSharedStrip * warp_ + i));
-        accumulate(sums[i], {w.x[0], w.x[2], w.x[1], w.x[3]}, b);
-      }
+      for (int i = 0; i < kSharedStrip; ++i)
+        accumulate(sums[i], a, transposed(k, kSharedStrip * warp_ + i));
     }
 #pragma unroll
     for (int i = 0; i < kSharedStrip; ++i)
-      store(sums[i], partial + (kSharedStrip * warp_ + i) * kTile * kRanks);
+#pragma unroll
+      for (int n = 0; n < kFragments; ++n)
+        send(partial + chunk(kSharedStrip * warp_ + i, n), cast<Words>(total(sums[i], n)), step);
 
     Sum last[kRegisterTiles];
 #pragma unroll
     for (int k = 0; k < kStrip; ++k) {
-      warp::Words b[kFragments];
-#pragma unroll
-      for (int n = 0; n < kFragments; ++n) b[n] = parts(0, kStrip * warp_ + k, n);
+      Words a[kFragments];
+      load_parts(0, kStrip * warp_ + k, a);
 #pragma unroll
       for (int i = 0; i < kRegisterTiles; ++i) {
         const auto& w = weight_[k][i];
-        accumulate(last[i],
-                   {warp::transpose(w.x[0]), warp::transpose(w.x[2]), warp::transpose(w.x[1]),
-                    warp::transpose(w.x[3])},
-                   b);
+        accumulate(last[i], a,
+                   {{warp::transpose(w.x[0]), warp::transpose(w.x[2]), warp::transpose(w.x[1]),
+                     warp::transpose(w.x[3])}});
       }
     }
-    constexpr int kColumns = kRegisterTiles * kTile * kRanks;
-    float* scratch = reinterpret_cast<float*>(operand(0));
+    constexpr int kBytes = chunk_offset(kRanks, kRegisterTiles, 0, 0);
+    char* scratch = operand(0);
     warp::sync_threads();
 #pragma unroll
     for (int i = 0; i < kRegisterTiles; ++i)
-      store(last[i], scratch + warp_ * kColumns + i * kTile * kRanks);
+#pragma unroll
+      for (int n = 0; n < kFragments; ++n)
+        *reinterpret_cast<Floats*>(scratch + warp_ * kBytes + chunk(i, n)) = total(last[i], n);
     warp::sync_threads();
-    for (int i = threadIdx.x; i < kColumns; i += kThreads) {
-      float sum = scratch[i];
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) sum += scratch[w * kColumns + i];
-      partial[kSharedTiles * kTile * kRanks + i] = sum;
+    for (int at = threadIdx.x * kChunk; at < kBytes; at += kThreads * kChunk) {
+      Floats sum{};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w)
+        add(sum, *reinterpret_cast<const Floats*>(scratch + w * kBytes + at));
+      send(partial + chunk_offset(kRanks, kSharedTiles, 0, 0) + at, cast<Words>(sum), step);
     }
   }
 
-  __device__ __forceinline__ static void accumulate(Sum& sum, const warp::Words& a,
-                                                    const warp::Words (&b)[kFragments]) {
-#pragma unroll
-    for (int n = 0; n < kFragments; ++n) {
-      Half::mma(sum.high[n], a.x[0], a.x[1], a.x[2], a.x[3], b[n].x[0], b[n].x[1]);
-      Half::mma(sum.low[n], a.x[0], a.x[1], a.x[2], a.x[3], b[n].x[2], b[n].x[3]);
-    }
-  }
-
-  // A tile's 16 rows of (256, ranks).
-  __device__ __forceinline__ void store(const Sum& sum, float* to) const {
-    to += lane_ / 4 * kRanks + lane_ % 4 * 2;
+  // Hi over lo parts of 8 ranks are an operand A, two halves of a tile of W two operands B.
+  __device__ __forceinline__ static void accumulate(Sum& sum, const Words (&a)[kFragments],
+                                                    const Words& w) {
 #pragma unroll
     for (int n = 0; n < kFragments; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        to[i / 2 * 8 * kRanks + n * 8 + i % 2] =
-            (sum.high[n][i] + sum.low[n][i] * (1 / Half::kLow)) * (1 / Half::kScale);
+      for (int i = 0; i < 2; ++i)
+        Half::mma(sum.half[n][i], a[n].x[0], a[n].x[1], a[n].x[2], a[n].x[3], w.x[2 * i],
+                  w.x[2 * i + 1]);
   }
 
-  // The Gram matrix (ranks, ranks) of the staged 256 columns of a factor, from the same parts that
-  // W is multiplied by: hi over lo is an operand A. One warp does it, or each of four a quarter.
-  __device__ __forceinline__ void gram(int side, char* own, int step) const {
-    const int row = warp_ / kFragments, column = warp_ % kFragments;
-    if (row >= kFragments) return;
-    float* to = reinterpret_cast<float*>(own + Regions::gram(side, step & 1));
-    float high[2][4] = {}, low[2][4] = {};
+  __device__ __forceinline__ static Floats total(const Sum& sum, int n) {
+    Floats result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto& half = sum.half[n][i / 2];
+      result.x[i] = (half[i % 2] + half[2 + i % 2] * (1 / Half::kLow)) * (1 / Half::kScale);
+    }
+    return result;
+  }
+
+  // The member of a group that does it: the diagonal's, and the one beside.
+  __device__ __forceinline__ int gram_owner(int side, int group) const {
+    return group + side < members(side) ? group + side : 0;
+  }
+
+  // The Gram matrix of the staged 256 columns of a factor, from the same parts that W is multiplied
+  // by. A warp has 8 ranks with all: a lane's chunk, of rank lane / 4, has ranks 2 (lane mod 4) and
+  // the next, and both 8 on.
+  __device__ __forceinline__ void gram(int side, int first_warp, int step) const {
+    const int n = warp_ - first_warp;
+    if (n < 0 || n >= kFragments) return;
+    float high[kFragments][2][4] = {}, low[kFragments][2][4] = {};
 #pragma unroll 4
     for (int k = 0; k < kTiles; ++k) {
-      const auto a = parts(side, k, row), b = parts(side, k, column);
-      Half::mma(high[k & 1], a.x[0], a.x[2], a.x[1], a.x[3], b.x[0], b.x[1]);
-      Half::mma(low[k & 1], a.x[0], a.x[2], a.x[1], a.x[3], b.x[2], b.x[3]);
+      Words b[kFragments];
+      load_parts(side, k, b);
+      const Words a = kFragments == 1 || n == 0 ? b[0] : b[kFragments - 1];
+#pragma unroll
+      for (int j = 0; j < kFragments; ++j) {
+        Half::mma(high[j][k & 1], a.x[0], a.x[1], a.x[2], a.x[3], b[j].x[0], b[j].x[2]);
+        Half::mma(low[j][k & 1], a.x[0], a.x[1], a.x[2], a.x[3], b[j].x[1], b[j].x[3]);
+      }
     }
     constexpr float kUnscale = 1 / (Half::kScale * Half::kScale);
-    to += (row * 8 + lane_ / 4) * kRanks + column * 8 + lane_ % 4 * 2;
+    Floats result{};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float mixed = high[0][2 + i] + high[1][2 + i] + low[0][i] + low[1][i];
-      const float least = (low[0][2 + i] + low[1][2 + i]) * (1 / Half::kLow);
-      to[i] = (high[0][i] + high[1][i] + (mixed + least) * (1 / Half::kLow)) * kUnscale;
+    for (int j = 0; j < kFragments; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float mixed = high[j][0][2 + i] + high[j][1][2 + i] + low[j][0][i] + low[j][1][i];
+        const float least = (low[j][0][2 + i] + low[j][1][2 + i]) * (1 / Half::kLow);
+        result.x[2 * j + i] =
+            (high[j][0][i] + high[j][1][i] + (mixed + least) * (1 / Half::kLow)) * kUnscale;
+      }
+    send(own() + Regions::gram(side, step & 1) + chunk(0, n), cast<Words>(result), step);
+  }
+
+  // Updates. Two warps a side; each has every second tile of its CTA's slice of the group.
+
+  __device__ __forceinline__ int side() const { return warp_ / 2; }
+  __device__ __forceinline__ int slice() const { return ceil_div(kTiles, members(side())); }
+  __device__ __forceinline__ int first_tile() const { return member(side()) * slice() + warp_ % 2; }
+  __device__ __forceinline__ int end_tile() const {
+    return min((member(side()) + 1) * slice(), kTiles);
+  }
+
+  // A tile of the parameters, of m or of v as this CTA keeps it.
+  __device__ __forceinline__ char* state(int tile, int which) const {
+    return own() + Regions::state(side(), which) + chunk(tile, 0);
+  }
+  __device__ __forceinline__ Tile stored(int tile, int which) const {
+    Tile result;
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n)
+      result.of[n] =
+          *reinterpret_cast<const Floats*>(state(tile, which) + chunk_offset(8, n, 0, 0));
+    return result;
+  }
+  __device__ __forceinline__ void keep(int tile, int which, const Tile& values) const {
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n)
+      *reinterpret_cast<Floats*>(state(tile, which) + chunk_offset(8, n, 0, 0)) = values.of[n];
+  }
+
+  // f(element of the tensors of the state, which, value) for all that exist.
+  template <typename Function>
+  __device__ __forceinline__ void each_element(int tile, int n, Function f) const {
+    const auto& sizes = layer_->sizes;
+    const int rank = chunk_rank(n, lane_);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t column = int64_t(group(side())) * kBlock + chunk_column(tile, lane_, i);
+      if (rank < layer_->r && column < sizes[side()])
+        f(i, rank * (sizes[0] + sizes[1]) + side() * sizes[0] + column);
     }
   }
 
-  // Updates. Two warps a side; a thread has one rank of every kColumns-th column of its CTA's slice
-  // of the group.
+  // Zeros where a factor has no column or rank: they stay.
+  __device__ __forceinline__ void load_state() const {
+    for (int which = 0; which < kStates; ++which)
+      for (int tile = first_tile(); tile < end_tile(); tile += 2) {
+        Tile values{};
+        for (int n = 0; n < kFragments; ++n)
+          each_element(tile, n, [&](int i, int64_t at) { values.of[n].x[i] = tensor(which)[at]; });
+        keep(tile, which, values);
+      }
+  }
 
-  static constexpr int kColumns = kThreads / 2 / kRanks;
+  __device__ __forceinline__ void store_state() const {
+    for (int which = 0; which < kStates; ++which)
+      for (int tile = first_tile(); tile < end_tile(); tile += 2) {
+        const Tile values = stored(tile, which);
+        for (int n = 0; n < kFragments; ++n)
+          each_element(tile, n, [&](int i, int64_t at) { tensor(which)[at] = values.of[n].x[i]; });
+      }
+  }
 
-  // The parts of step 0.
-  __device__ __forceinline__ void publish() const {
-    const Slice own = slice_of(warp_ / 2);
-    Columns<4> columns;
-    for (int first = own.begin; first < own.end; first += 4 * kColumns) {
-      load_state(own, first, columns);
-      write_parts(own, first, columns, 0);
-    }
-    arrive({parts_done(0), parts_done(1)});
+  static constexpr int kStates = kAdam ? 3 : 1;
+  __device__ __forceinline__ float* tensor(int which) const {
+    return which == 0 ? layer_->params : which == 1 ? layer_->m : layer_->v;
   }
 
   __device__ __forceinline__ void update(int step) const {
-    const uint32_t steps = step + 1;
-    await({products_done(0), products_done(1), counter(kGram), counter(kGram + 1)},
-          {members(0) * steps, members(1) * steps, groups(0) * steps, groups(1) * steps});
-    // Few columns have many members, many columns few; three members have 86 each.
-    if (slice(warp_ / 2) <= 2 * kColumns)
-      advance<2, 128 / kRanks>(step);
+    warp::sync_threads();  // the warps' place was the operands'
+    // Few members have many tiles each, many members few.
+    if (members(side()) <= 4)
+      advance<kRanks == 8 ? 3 : 1, 4>(step);
     else
-      advance<11, 32 / kRanks>(step);
-    arrive({parts_done(0), parts_done(1)});
+      advance<1, kRanks == 8 ? 8 : 4>(step);
   }
 
-  // Of a group's columns, those that one of its members updates; pointers to this thread's rank.
-  struct Slice {
-    int side, begin, end;
-    int inside;  // columns that exist, 0 for a rank that does not
-    float *p, *m, *v;
-    uint16_t* parts;
-  };
-
-  template <int kElements>
-  struct Columns {
-    float p[kElements], m[kElements], v[kElements];
-  };
-
-  __device__ __forceinline__ int slice(int side) const { return ceil_div(kBlock, members(side)); }
-
-  __device__ __forceinline__ Slice slice_of(int side) const {
-    const auto& sizes = layer_->sizes;
-    const int begin = member(side) * slice(side), end = min(begin + slice(side), kBlock);
-    const int column0 = group(side) * kBlock, rank = threadIdx.x % kRanks;
-    const int inside = rank < layer_->r ? min(end, int(sizes[side]) - column0) : 0;
-    const int64_t at = rank * (sizes[0] + sizes[1]) + side * sizes[0] + column0;
-    char* parts = region(side, group(side), 0) + Regions::parts(side, 0);
-    return {side,
-            begin,
-            end,
-            inside,
-            layer_->params + at,
-            layer_->m + at,
-            layer_->v + at,
-            reinterpret_cast<uint16_t*>(parts)};
-  }
-
-  // The e-th of this thread's columns from `first` on.
-  __device__ __forceinline__ static int column(int first, int e) {
-    return first + e * kColumns + int(threadIdx.x) % (kThreads / 2) / kRanks;
-  }
-
-  template <int kElements, int kLoads>
+  template <int kMost, int kLoads>
   __device__ __forceinline__ void advance(int step) const {
-    const Slice own = slice_of(warp_ / 2);
-    Columns<kElements> columns;
-    float found[kLoads][kElements];
-    // All that is loaded is under way before the first sum waits for it.
-    load_state(own, own.begin, columns);
-    load_products(own, own.begin, 0, step, found);
-    const float* gram = sum_gram(1 - own.side, step);
-    float gram_row[kRanks];
+    const float alpha = launch_.schedule[2 * step], inverse_root = launch_.schedule[2 * step + 1];
+    for (int first = first_tile(); first < end_tile(); first += 2 * kMost) {
+      Tile p[kMost], m[kMost], v[kMost], projected[kMost] = {}, gram{};
+      for (int k = 0; k < members(side()); k += kLoads)
+        add_products<kMost, kLoads>(first, k, step, projected, gram);
 #pragma unroll
-    for (int j = 0; j < kRanks; ++j) gram_row[j] = gram[threadIdx.x % kRanks * kRanks + j];
-
-    int first = own.begin;
-    while (true) {
-      float projected[kElements] = {};
-      add(found, projected);
-      for (int k = kLoads; k < members(own.side); k += kLoads) {
-        load_products(own, first, k, step, found);
-        add(found, projected);
+      for (int t = 0; t < kMost; ++t) {
+        p[t] = stored(within(first, t), 0);
+        if (kAdam) m[t] = stored(within(first, t), 1);
+        if (kAdam) v[t] = stored(within(first, t), 2);
       }
-      optimize(own, first, step, gram_row, projected, columns);
-      write_parts(own, first, columns, step + 1);
-      first += kElements * kColumns;
-      if (first >= own.end) break;
-      load_state(own, first, columns);
-      load_products(own, first, 0, step, found);
-    }
-  }
-
-  // Zeros where a factor has no column or rank.
-  template <int kElements>
-  __device__ __forceinline__ void load_state(const Slice& own, int first,
-                                             Columns<kElements>& columns) const {
+      float rows[kFragments][kRanks];
+      spread(gram, rows);
+      warp::sync_warp();  // the tiles before have been read
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      const int c = column(first, e);
-      const bool inside = c < own.inside;
-      columns.p[e] = inside ? own.p[c] : 0.f;
-      columns.m[e] = kAdam && inside ? own.m[c] : 0.f;
-      columns.v[e] = kAdam && inside ? own.v[c] : 0.f;
+      for (int t = 0; t < kMost; ++t) show(t, p[t]);
+      warp::sync_warp();
+#pragma unroll
+      for (int t = 0; t < kMost; ++t) {
+        if (first + 2 * t >= end_tile()) break;
+        const Tile gradient = gradient_of(t, rows, projected[t]);
+        optimize(alpha, inverse_root, gradient, p[t], m[t], v[t]);
+        send_parts(first + 2 * t, p[t], step + 1);
+      }
+#pragma unroll
+      for (int t = 0; t < kMost; ++t) {
+        if (first + 2 * t >= end_tile()) break;
+        keep(first + 2 * t, 0, p[t]);
+        if (kAdam) keep(first + 2 * t, 1, m[t]);
+        if (kAdam) keep(first + 2 * t, 2, v[t]);
+      }
     }
   }
 
-  // What members k0, k0 + 1, ... found.
-  template <int kElements, int kLoads>
-  __device__ __forceinline__ void load_products(const Slice& own, int first, int k0, int step,
-                                                float (&found)[kLoads][kElements]) const {
+  // The t-th tile from `first` on, or the first where there are fewer.
+  __device__ __forceinline__ int within(int first, int t) const {
+    return first + 2 * t < end_tile() ? first + 2 * t : first;
+  }
+
+  // What members k0, k0 + 1, ... found, and the Gram matrices of the other side's groups, each of
+  // which has one of them.
+  template <int kMost, int kLoads>
+  __device__ __forceinline__ void add_products(int first, int k0, int step,
+                                               Tile (&projected)[kMost], Tile& gram) const {
+    constexpr int kEach = (kMost + 1) * kFragments;
+    const int side = this->side();
+    uint32_t products[kLoads], grams[kLoads];  // where, in the workspace
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const bool there = k0 + k < members(own.side);
-      const char* from = region(own.side, group(own.side), there ? k0 + k : 0);
-      const float* products =
-          reinterpret_cast<const float*>(from + Regions::partial(own.side, step & 1)) +
-          threadIdx.x % kRanks;
-#pragma unroll
-      for (int e = 0; e < kElements; ++e) {
-        const int c = column(first, e);
-        found[k][e] =
-            there && c < own.inside ? warp::load_shared_by_all(products + c * kRanks) : 0.f;
-      }
+      const int other = k0 + k < members(side) ? k0 + k : k0;
+      products[k] = region(side, group(side), other) + Regions::partial(side, step & 1);
+      grams[k] =
+          region(1 - side, other, gram_owner(1 - side, other)) + Regions::gram(1 - side, step & 1);
     }
-  }
-
-  template <int kElements, int kLoads>
-  __device__ __forceinline__ static void add(const float (&found)[kLoads][kElements],
-                                             float (&sums)[kElements]) {
+    Words words[kLoads * kEach];
+    receive(words, step, [&](int i) {
+      const int k = i / kEach, t = i % kEach / kFragments, n = i % kFragments;
+      return t < kMost ? products[k] + chunk(within(first, t), n) : grams[k] + chunk(0, n);
+    });
 #pragma unroll
     for (int k = 0; k < kLoads; ++k)
+      if (k0 + k < members(side))
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) sums[e] += found[k][e];
+        for (int i = 0; i < kEach; ++i) {
+          const int t = i / kFragments, n = i % kFragments;
+          add(t < kMost ? projected[t].of[n] : gram.of[n], cast<Floats>(words[k * kEach + i]));
+        }
   }
 
-  // The Gram matrix (ranks, ranks) of a whole factor, by the two warps that need it.
-  __device__ __forceinline__ const float* sum_gram(int side, int step) const {
-    float* total = reinterpret_cast<float*>(operand(0)) + side * kRanks * kRanks;
-    for (int i = threadIdx.x % (kThreads / 2); i < kRanks * kRanks; i += kThreads / 2) {
-      float sum = 0;
-#pragma unroll 16
-      for (int g = 0; g < groups(side); ++g) {
-        const char* from = region(side, g, 0) + Regions::gram(side, step & 1);
-        sum += warp::load_shared_by_all(reinterpret_cast<const float*>(from) + i);
-      }
-      total[i] = sum;
-    }
-    warp::sync_threads();
-    return total;
-  }
-
-  // One step of Adam or plain descent on these columns.
-  template <int kElements>
-  __device__ __forceinline__ void optimize(const Slice& own, int first, int step,
-                                           const float (&gram_row)[kRanks],
-                                           const float (&projected)[kElements],
-                                           Columns<kElements>& columns) const {
-    const float alpha = launch_.schedule[2 * step], inverse_root = launch_.schedule[2 * step + 1];
-    const float mean = warp::divide(2, float(layer_->sizes[0]) * float(layer_->sizes[1]));
+  // The Gram matrix' rows of this lane's ranks, from the four lanes that have a quarter each.
+  __device__ __forceinline__ void spread(const Tile& gram,
+                                         float (&rows)[kFragments][kRanks]) const {
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      float gradient = 0;
+    for (int n = 0; n < kFragments; ++n)
 #pragma unroll
       for (int j = 0; j < kRanks; ++j)
-        gradient += gram_row[j] * warp::from_lane(columns.p[e], j, kRanks);
-      gradient = mean * gradient - mean * projected[e];
-      float change = gradient;
-      float& m = columns.m[e];
-      float& v = columns.v[e];
-      if constexpr (kAdam) {
-        m += launch_.one_minus_beta1 * (gradient - m);
-        v = launch_.beta2 * v + launch_.one_minus_beta2 * (gradient * gradient);
-        change = warp::divide(m, warp::root(v) * inverse_root + launch_.eps);
+        rows[n][j] = warp::from_lane(gram.of[n].x[j / 8 * 2 + j % 2], j % 8 / 2, 4);
+  }
+
+  // A place of the warp's for the parameters of a tile, all ranks of which a lane wants.
+  __device__ __forceinline__ char* place(int t) const {
+    constexpr int kPlaces = Regions::kExchange / chunk_offset(kRanks, kWarps, 0, 0);
+    return operand(0) + chunk_offset(kRanks, warp_ * kPlaces + t, 0, 0);
+  }
+  __device__ __forceinline__ void show(int t, const Tile& p) const {
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n)
+      *reinterpret_cast<Floats*>(place(t) + chunk(0, n)) = p.of[n];
+  }
+
+  __device__ __forceinline__ Tile gradient_of(int t, const float (&rows)[kFragments][kRanks],
+                                              const Tile& projected) const {
+    Tile sum{};
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) {
+      const char* at = place(t) + chunk_offset(kRanks, 0, j / 8, j % 8 * 4 + lane_ % 4);
+      const Floats p = *reinterpret_cast<const Floats*>(at);
+#pragma unroll
+      for (int n = 0; n < kFragments; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum.of[n].x[i] += rows[n][j] * p.x[i];
+    }
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum.of[n].x[i] = mean_ * (sum.of[n].x[i] - projected.of[n].x[i]);
+    return sum;
+  }
+
+  // One step of Adam or plain descent.
+  __device__ __forceinline__ void optimize(float alpha, float inverse_root, const Tile& gradients,
+                                           Tile& p, Tile& m, Tile& v) const {
+    // Or 0 / 0 where there is no column or rank, beside an eps of 0.
+    const float eps = launch_.eps + 1e-37f;
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float gradient = gradients.of[n].x[i];
+        float change = gradient;
+        if constexpr (kAdam) {
+          float &first = m.of[n].x[i], &second = v.of[n].x[i];
+          first += launch_.one_minus_beta1 * (gradient - first);
+          second = launch_.beta2 * second + launch_.one_minus_beta2 * (gradient * gradient);
+          change = warp::divide(first, warp::root(second) * inverse_root + eps);
+        }
+        p.of[n].x[i] -= alpha * change;
       }
-      const int c = column(first, e);
-      if (c < own.inside) {
-        columns.p[e] -= alpha * change;
-        own.p[c] = columns.p[e];
-        if (kAdam) own.m[c] = m;
-        if (kAdam) own.v[c] = v;
+  }
+
+  __device__ __forceinline__ void send_parts(int tile, const Tile& p, int step) const {
+    char* to =
+        launch_.workspace + region(side(), group(side()), 0) + Regions::parts(side(), step & 1);
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n) {
+      Words words{};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scaled = p.of[n].x[i] * Half::kScale;
+        const uint16_t high = Half::round(scaled);
+        const uint16_t low = Half::round((scaled - Half::value(high)) * Half::kLow);
+        words.x[i / 2 * 2] |= uint32_t(high) << (i % 2 * 16);
+        words.x[i / 2 * 2 + 1] |= uint32_t(low) << (i % 2 * 16);
       }
+      send(to + chunk(tile, n), words, step);
     }
   }
 
-  template <int kElements>
-  __device__ __forceinline__ static void write_parts(const Slice& own, int first,
-                                                     const Columns<kElements>& columns, int step) {
-    uint16_t* parts = own.parts + (step & 1) * (Regions::kExchange / 2);
+  template <typename To, typename From>
+  __device__ __forceinline__ static To cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+  }
+
+  __device__ __forceinline__ static void add(Floats& sum, const Floats& term) {
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      const int c = column(first, e), rank = threadIdx.x % kRanks;
-      const float scaled = columns.p[e] * Half::kScale;
-      const uint16_t high = Half::round(scaled);
-      if (c < own.end) {
-        parts[part_index(kRanks, rank, c, 0)] = high;
-        parts[part_index(kRanks, rank, c, 1)] =
-            Half::round((scaled - Half::value(high)) * Half::kLow);
-      }
-    }
+    for (int i = 0; i < 4; ++i) sum.x[i] += term.x[i];
   }
 
   const DescendLaunch& launch_;
   const DescendLayer* layer_;
   const int lane_ = threadIdx.x % 32, warp_ = threadIdx.x / 32;
-  int row_ = 0, column_ = 0;  // of the block
-  int base_ = 0;              // the CTA of the layer's first block
+  int rows_ = 0, columns_ = 0;  // blocks of the layer
+  int row_ = 0, column_ = 0;    // the block's
+  int base_ = 0;                // the CTA of the layer's first block
+  float mean_ = 0;              // 2 / elements of W
   warp::Words weight_[kStrip][kRegisterTiles];
 };
 

@@ -13,8 +13,11 @@
 
 namespace lora_init::warp {
 
-struct Words {
+struct alignas(16) Words {
   uint32_t x[4];
+};
+struct alignas(16) Floats {
+  float x[4];
 };
 
 __device__ __forceinline__ char* shared_memory() {
@@ -62,9 +65,23 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool insi
 
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// What another CTA has written: the L1 may hold what was there before.
-__device__ __forceinline__ float load_shared_by_all(const float* pointer) {
-  return __ldcg(pointer);
+// What CTAs leave for each other: of all 16 bytes or of none, in no order with other 16 bytes.
+__device__ __forceinline__ Words load_whole(const void* pointer) {
+  Words w;
+  asm volatile(
+      "{.reg .b128 whole; .reg .b64 low, high; ld.relaxed.gpu.global.b128 whole, [%4];"
+      " mov.b128 {low, high}, whole; mov.b64 {%0, %1}, low; mov.b64 {%2, %3}, high;}"
+      : "=r"(w.x[0]), "=r"(w.x[1]), "=r"(w.x[2]), "=r"(w.x[3])
+      : "l"(pointer)
+      : "memory");
+  return w;
+}
+__device__ __forceinline__ void store_whole(void* pointer, const Words& w) {
+  asm volatile(
+      "{.reg .b128 whole; .reg .b64 low, high; mov.b64 low, {%1, %2}; mov.b64 high, {%3, %4};"
+      " mov.b128 whole, {low, high}; st.relaxed.gpu.global.b128 [%0], whole;}" ::"l"(pointer),
+      "r"(w.x[0]), "r"(w.x[1]), "r"(w.x[2]), "r"(w.x[3])
+      : "memory");
 }
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* pointer) {
@@ -83,14 +100,21 @@ __device__ __forceinline__ void add(uint32_t* pointer) {
 __device__ __forceinline__ void stop() { __trap(); }
 
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ bool any(bool here) { return __any_sync(0xffffffff, here); }
 
 // Of the lane that has number `lane` among `width` neighbours.
 __device__ __forceinline__ float from_lane(float value, int lane, int width) {
   return __shfl_sync(0xffffffff, value, lane, width);
 }
 
-__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
-__device__ __forceinline__ float root(float a) { return __fsqrt_rn(a); }
+// Of normal numbers to 2 and 1 units in the last place; IEEE's were most of an update's time.
+__device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ float root(float a) {
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
 
 struct Bf16 {
   static __device__ __forceinline__ uint16_t round(float x) {

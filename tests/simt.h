@@ -166,8 +166,11 @@ namespace lora_init::warp {
 using simt::gather;
 using simt::machine;
 
-struct Words {
+struct alignas(16) Words {
   uint32_t x[4];
+};
+struct alignas(16) Floats {
+  float x[4];
 };
 
 inline char* shared_memory() { return machine->current->cta->memory.data(); }
@@ -217,7 +220,14 @@ inline void wait_copies() {
   machine->current->copies.clear();
 }
 
-inline float load_shared_by_all(const float* pointer) { return *pointer; }
+inline Words load_whole(const void* pointer) {
+  simt::yield();
+  return *static_cast<const Words*>(pointer);
+}
+inline void store_whole(void* pointer, const Words& words) {
+  simt::yield();
+  *static_cast<Words*>(pointer) = words;
+}
 
 inline uint32_t load_acquire(const uint32_t* pointer) {
   simt::yield();
@@ -228,6 +238,11 @@ inline void fence() {}
 inline void add(uint32_t* pointer) { ++*pointer; }
 inline void stop() { std::abort(); }
 inline void sync_threads() { simt::wait(machine->current->cta->barrier); }
+inline void sync_warp() { simt::wait(machine->current->warp->barrier); }
+inline bool any(bool here) {
+  const auto& all = gather(here);
+  return std::any_of(all, all + 32, [](bool one) { return one; });
+}
 
 inline float from_lane(float value, int lane, int width) {
   return gather(value)[machine->current->lane / width * width + lane];

@@ -59,11 +59,11 @@ class Host:
         seed: int = 0,
         ranks: int | None = None,
     ) -> None:
-        """What `cuda.descend` does on a GPU; all that the kernel is to write starts as NaN."""
+        """What `cuda.descend` does on a GPU; what the workspace held before is of no step."""
         ranks = ranks or cuda._ranks(state.params[0])
         optimizer, table = state.optimizer, cuda.descend_table(group, state)
         schedule = optimizer.schedule(state.step, steps).astype(np.float32)
-        workspace = np.full(self.library.region_bytes(ranks) * ctas, 255, np.uint8)
+        workspace = np.full(self.library.region_bytes(ranks) * ctas, 0xFE, np.uint8)
         counters = np.zeros(table.counter_bytes, np.uint8)
         arrays = (schedule, workspace, counters)
         beta1, beta2 = optimizer.betas

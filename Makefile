@@ -40,6 +40,7 @@ bench: venv
 # Every kernel configuration, compiled ahead of time for each architecture; no GPU needed.
 kernel-report: venv
 	$(PY) -m benchmarks.kernel_report
+	$(PY) -m benchmarks.native_report
 
 # What only a GPU can prove or measure, in under 9 minutes.
 gpu-check: venv

@@ -65,6 +65,16 @@ def test_the_module_links_neither_torch_nor_the_driver() -> None:
         assert library not in linked
 
 
+@needs_module
+def test_its_kernels_keep_their_bounds() -> None:
+    pytest.importorskip("triton")  # brings a disassembler
+    from benchmarks import native_report
+
+    rows = list(native_report.rows(native.module().__file__))  # type: ignore[union-attr, arg-type]
+    assert {row.kernel.split("<")[0] for row in rows} >= {"lora_linear_kernel", "project_kernel"}
+    assert [(row.kernel, row.arch, row.broken()) for row in rows if row.broken()] == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_the_wheel_with_the_module_installs_and_imports(tmp_path: Path) -> None:

@@ -60,8 +60,7 @@ class Descent {
       for (int tile = first_tile(); tile < end_tile(); tile += 2)
         send_parts(tile, stored(tile, 0), 0);
       for (int step = 0; step < launch_.steps; ++step) {
-        products(step);
-        update(step);
+        update(step, products(step));
       }
       store_state();
       meet(kDone);
@@ -262,17 +261,22 @@ class Descent {
 
   // Products
 
-  __device__ __forceinline__ void products(int step) {
+  // Returns the Gram matrix that this warp's update wants.
+  __device__ __forceinline__ Tile products(int step) {
     warp::sync_threads();  // the operands' place was the warps'
     stage_parts<kBoth ? 2 : 1>(1, step);
-    if (member(1) == gram_owner(1, column_)) gram(1, 0, step);
+    if (member(1) == gram_owner(1, column_)) send_gram(1, 0, step);
+    if (kBoth && member(0) == gram_owner(0, row_)) send_gram(0, kWarps / 2, step);
     multiply_rows(own() + Regions::partial(0, step & 1), step);
     if (!kBoth) {
       warp::sync_threads();
       stage_parts<1>(0, step);
+      if (member(0) == gram_owner(0, row_)) send_gram(0, kWarps / 2, step);
     }
-    if (member(0) == gram_owner(0, row_)) gram(0, kWarps / 2, step);
     multiply_columns(own() + Regions::partial(1, step & 1), step);
+    const Tile gram = receive_gram(step);
+    multiply_last_columns(own() + Regions::partial(1, step & 1), step);
+    return gram;
   }
 
   // W Aᵀ
@@ -299,7 +303,7 @@ class Descent {
         send(partial + chunk(kStrip * warp_ + i, n), cast<Words>(total(sums[i], n)), step);
   }
 
-  // Wᵀ B. Of the columns in registers each warp has some rows, so that its products are added up.
+  // Wᵀ B of the columns in shared memory.
   __device__ __forceinline__ void multiply_columns(char* partial, int step) const {
     Sum sums[kSharedStrip];
 #pragma unroll kUnroll
@@ -315,7 +319,10 @@ class Descent {
 #pragma unroll
       for (int n = 0; n < kFragments; ++n)
         send(partial + chunk(kSharedStrip * warp_ + i, n), cast<Words>(total(sums[i], n)), step);
+  }
 
+  // Of those in registers each warp has some rows, so that its products are added up.
+  __device__ __forceinline__ void multiply_last_columns(char* partial, int step) const {
     Sum last[kRegisterTiles];
 #pragma unroll
     for (int k = 0; k < kStrip; ++k) {
@@ -377,7 +384,7 @@ class Descent {
   // The Gram matrix of the staged 256 columns of a factor, from the same parts that W is multiplied
   // by. A warp has 8 ranks with all: a lane's chunk, of rank lane / 4, has ranks 2 (lane mod 4) and
   // the next, and both 8 on.
-  __device__ __forceinline__ void gram(int side, int first_warp, int step) const {
+  __device__ __forceinline__ void send_gram(int side, int first_warp, int step) const {
     const int n = warp_ - first_warp;
     if (n < 0 || n >= kFragments) return;
     float high[kFragments][2][4] = {}, low[kFragments][2][4] = {};
@@ -404,6 +411,25 @@ class Descent {
             (high[j][0][i] + high[j][1][i] + (mixed + least) * (1 / Half::kLow)) * kUnscale;
       }
     send(own() + Regions::gram(side, step & 1) + chunk(0, n), cast<Words>(result), step);
+  }
+
+  // That of the other side's factor, of which each of its groups has sent a part.
+  __device__ __forceinline__ Tile receive_gram(int step) const {
+    constexpr int kLoads = 8;
+    const int from = 1 - side(), slot = Regions::gram(from, step & 1);
+    Tile sum{};
+    for (int g0 = 0; g0 < members(side()); g0 += kLoads) {
+      Words words[kLoads * kFragments];
+      receive(words, step, [&](int i) {
+        const int g = min(g0 + i / kFragments, members(side()) - 1);
+        return region(from, g, gram_owner(from, g)) + slot + chunk(0, i % kFragments);
+      });
+#pragma unroll
+      for (int i = 0; i < kLoads * kFragments; ++i)
+        if (g0 + i / kFragments < members(side()))
+          add(sum.of[i % kFragments], cast<Floats>(words[i]));
+    }
+    return sum;
   }
 
   // Updates. Two warps a side; each has every second tile of its CTA's slice of the group.
@@ -470,22 +496,22 @@ class Descent {
     return which == 0 ? layer_->params : which == 1 ? layer_->m : layer_->v;
   }
 
-  __device__ __forceinline__ void update(int step) const {
+  __device__ __forceinline__ void update(int step, const Tile& gram) const {
     warp::sync_threads();  // the warps' place was the operands'
     // Few members have many tiles each, many members few.
     if (members(side()) <= 4)
-      advance<kRanks == 8 ? 3 : 1, 4>(step);
+      advance<kRanks == 8 ? 3 : 2, 4>(step, gram);
     else
-      advance<1, kRanks == 8 ? 8 : 4>(step);
+      advance<1, kRanks == 8 ? 16 : 8>(step, gram);
   }
 
   template <int kMost, int kLoads>
-  __device__ __forceinline__ void advance(int step) const {
+  __device__ __forceinline__ void advance(int step, const Tile& gram) const {
     const float alpha = launch_.schedule[2 * step], inverse_root = launch_.schedule[2 * step + 1];
     for (int first = first_tile(); first < end_tile(); first += 2 * kMost) {
-      Tile p[kMost], m[kMost], v[kMost], projected[kMost] = {}, gram{};
+      Tile p[kMost], m[kMost], v[kMost], projected[kMost] = {};
       for (int k = 0; k < members(side()); k += kLoads)
-        add_products<kMost, kLoads>(first, k, step, projected, gram);
+        add_products<kMost, kLoads>(first, k, step, projected);
 #pragma unroll
       for (int t = 0; t < kMost; ++t) {
         p[t] = stored(within(first, t), 0);
@@ -520,34 +546,21 @@ class Descent {
     return first + 2 * t < end_tile() ? first + 2 * t : first;
   }
 
-  // What members k0, k0 + 1, ... found, and the Gram matrices of the other side's groups, each of
-  // which has one of them.
+  // What members k0, k0 + 1, ... found.
   template <int kMost, int kLoads>
   __device__ __forceinline__ void add_products(int first, int k0, int step,
-                                               Tile (&projected)[kMost], Tile& gram) const {
-    constexpr int kEach = (kMost + 1) * kFragments;
-    const int side = this->side();
-    uint32_t products[kLoads], grams[kLoads];  // where, in the workspace
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      const int other = k0 + k < members(side) ? k0 + k : k0;
-      products[k] = region(side, group(side), other) + Regions::partial(side, step & 1);
-      grams[k] =
-          region(1 - side, other, gram_owner(1 - side, other)) + Regions::gram(1 - side, step & 1);
-    }
+                                               Tile (&projected)[kMost]) const {
+    constexpr int kEach = kMost * kFragments;
+    const int slot = Regions::partial(side(), step & 1);
     Words words[kLoads * kEach];
     receive(words, step, [&](int i) {
-      const int k = i / kEach, t = i % kEach / kFragments, n = i % kFragments;
-      return t < kMost ? products[k] + chunk(within(first, t), n) : grams[k] + chunk(0, n);
+      const int k = min(k0 + i / kEach, members(side()) - 1), t = i % kEach / kFragments;
+      return region(side(), group(side()), k) + slot + chunk(within(first, t), i % kFragments);
     });
 #pragma unroll
-    for (int k = 0; k < kLoads; ++k)
-      if (k0 + k < members(side))
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          const int t = i / kFragments, n = i % kFragments;
-          add(t < kMost ? projected[t].of[n] : gram.of[n], cast<Floats>(words[k * kEach + i]));
-        }
+    for (int i = 0; i < kLoads * kEach; ++i)
+      if (k0 + i / kEach < members(side()))
+        add(projected[i % kEach / kFragments].of[i % kFragments], cast<Floats>(words[i]));
   }
 
   // The Gram matrix' rows of this lane's ranks, from the four lanes that have a quarter each.
@@ -644,7 +657,7 @@ class Descent {
 
   const DescendLaunch& launch_;
   const DescendLayer* layer_;
-  const int lane_ = threadIdx.x % 32, warp_ = threadIdx.x / 32;
+  const int lane_ = threadIdx.x % 32, warp_ = warp::index();
   int rows_ = 0, columns_ = 0;  // blocks of the layer
   int row_ = 0, column_ = 0;    // the block's
   int base_ = 0;                // the CTA of the layer's first block

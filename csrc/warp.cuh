@@ -100,6 +100,8 @@ __device__ __forceinline__ void add(uint32_t* pointer) {
 __device__ __forceinline__ void stop() { __trap(); }
 
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
+// Of the CTA's warps; the compiler cannot know of a quotient that it is one for all lanes.
+__device__ __forceinline__ int index() { return __shfl_sync(0xffffffff, threadIdx.x / 32, 0); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ bool any(bool here) { return __any_sync(0xffffffff, here); }
 

@@ -238,6 +238,7 @@ inline void fence() {}
 inline void add(uint32_t* pointer) { ++*pointer; }
 inline void stop() { std::abort(); }
 inline void sync_threads() { simt::wait(machine->current->cta->barrier); }
+inline int index() { return machine->current->thread.x / 32; }
 inline void sync_warp() { simt::wait(machine->current->warp->barrier); }
 inline bool any(bool here) {
   const auto& all = gather(here);

@@ -7,7 +7,7 @@ prints registers, spills, shared memory and tensor-core instructions as they are
 needs no GPU.
 Exits with 1 if one spills, needs more shared memory than that chip gives a block, uses TF32, or
 reads a 16-bit W on sm_90 by `mma.sync` although its memory is aligned: wgmma is what reaches the
-full rate there.
+full rate there, and not where ptxas lets each wait for the one before (its note C7515).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ _LORA_DTYPES: tuple[Dtypes, ...] = (
     (torch.float16, torch.float32),
 )
 _LORA_ROWS = (2048, 4096, 8192)
-"""One of each class of rows that `lora_linear.schedule` tells apart."""
+"""One of each class of rows that `lora_linear.magnitude` tells apart."""
 _LORA_ALIGNED = ("K", "N", "ranks", "trained", "x_stride", "r_stride", "dy_stride")
 _ALIGNED = [["tt.divisibility", 16]]  # what the launch tells the compiler: `common.upload`
 
@@ -97,7 +97,7 @@ def cases(archs: Sequence[int] = tuple(SHARED_LIMIT)) -> Iterator[Case]:
 def variants() -> Iterator[Variant]:
     """Every variant that `common.variant` can return for the parts that its callers ask for."""
     for dtype, memory in product(common.TRITON_DTYPES, common.MEMORIES):
-        for count in (1,) if dtype == torch.float32 else (2, 4):
+        for count in (4,) if dtype == torch.float32 else (2, 4):
             for rank in common.RANKS[count]:
                 yield Variant(dtype, memory, rank, count)
 
@@ -106,9 +106,8 @@ def _products(arch: int) -> Iterator[Case]:
     capability = divmod(arch, 10)
     for form in variants():
         tile = form.tile(capability)
-        parts = "" if form.parts == 1 else f" in {form.parts} parts"
         yield Case(
-            f"products {_short(form.dtype)} {form.memory} r{form.rank}{parts}, "
+            f"products {_short(form.dtype)} {form.memory} r{form.rank} in {form.parts} parts, "
             f"{tile.rows}x{tile.columns}",
             common.products,
             {"layers": "*i64", "programs": "*i32", "counter": "*i32", "sums": "*i64"},
@@ -128,14 +127,17 @@ def _updates(arch: int) -> Iterator[Case]:
             common.TRITON_DTYPES, (1, 16, 17, 32, 33, 100), (True, False), (True, False)
         )
     }
+    forms |= {replace(form, whole=True) for form in forms if form.adam and not form.chunked}
     for form in sorted(forms, key=_update_name):
         constants = form.constants()
-        yield Case(_update_name(form), descend.update, signature, constants, arch, descend.OPTIONS)
+        options = form.options()
+        yield Case(_update_name(form), descend.update, signature, constants, arch, options)
 
 
 def _update_name(form: UpdateVariant) -> str:
-    flags = [name for name in ("chunked", "adam", "first") if getattr(form, name)]
-    return " ".join(["update", _short(form.dtype), f"r{form.rank}", *flags])
+    flags = [name for name in ("chunked", "whole", "adam", "first") if getattr(form, name)]
+    rank = f"{form.groups}·r{form.rank // form.groups}"
+    return " ".join(["update", _short(form.dtype), rank, f"in {form.parts} parts", *flags])
 
 
 def _small(arch: int) -> Iterator[Case]:
@@ -153,11 +155,12 @@ def _lora_linear(arch: int) -> Iterator[Case]:
     """What `lora_linear.schedule` picks, with nothing left out of the backward."""
     found = {}
     for dtypes, ranks in product(_LORA_DTYPES, (16, 32, 64)):
-        for rows, first, tma in product(_LORA_ROWS, (False, True), {arch >= 90, False}):
-            plan = lora_linear.schedule(rows, ranks, dtypes, first, tma, divmod(arch, 10))
+        on = (False, True)
+        for rows, dropout, halves, tma in product(_LORA_ROWS, on, on, {arch >= 90, False}):
+            plan = lora_linear.schedule(rows, ranks, dtypes, dropout, halves, tma, divmod(arch, 10))
             for case in (
-                *_projections(arch, dtypes, ranks, first, plan),
-                *_matmuls(arch, dtypes, ranks, first, tma, plan.matmul),
+                *_projections(arch, dtypes, ranks, dropout, plan),
+                *_matmuls(arch, dtypes, ranks, dropout, halves, tma, plan.matmul),
             ):
                 found[case.name] = case
     yield from found.values()
@@ -182,7 +185,7 @@ def _projections(
     )
     tile = plan.columns
     sizes = dict.fromkeys(("M", "K", "ranks", "trained", "x_stride", "block", "least"), "i32")
-    for partials in (1, 8):
+    for partials in (1, lora_linear.PARTIALS):
         yield Case(
             f"project_columns {label} of {partials}, {tile.rows}x{tile.columns}",
             lora_linear.project_columns,
@@ -219,19 +222,18 @@ def _projections(
 
 
 def _matmuls(
-    arch: int, dtypes: Dtypes, ranks: int, first: bool, tma: bool, tile: lora_linear.Matmul
+    arch: int,
+    dtypes: Dtypes,
+    ranks: int,
+    dropout: bool,
+    halves: bool,
+    tma: bool,
+    tile: lora_linear.Matmul,
 ) -> Iterator[Case]:
     x, low = (f"*{common.TRITON_DTYPES[dtype].name}" for dtype in dtypes)
     sizes = ("M", "N", "K", "ranks", "trained", "x_stride", "r_stride", "least")
-    kinds = [(True, False, False), (False, False, False)]  # transposed, dropout, halves
-    if first:
-        kinds = [
-            (True, False, True),
-            (False, True, False),
-            (False, False, True),
-            (False, True, True),
-        ]
-    for transposed, dropout, halves in kinds:
+    for transposed in (True, False):
+        masked = dropout and not transposed
         operands = dict.fromkeys(("x", "r", "y"), x)
         if tma:
             blocks = tile.blocks_of(transposed)
@@ -239,8 +241,8 @@ def _matmuls(
                 name: f"tensordesc<{x[1:]}[{rows},{columns}]>"
                 for name, (rows, columns) in zip(operands, blocks, strict=True)
             }
-        partials = 1 if transposed else 8
-        flags = [name for name, on in (("dropout", dropout), ("halves", halves)) if on]
+        partials = 1 if transposed else lora_linear.PARTIALS
+        flags = [name for name, on in (("dropout", masked), ("halves", halves)) if on]
         yield Case(
             " ".join(
                 [
@@ -254,12 +256,12 @@ def _matmuls(
             lora_linear.adapted_matmul,
             operands
             | {"left": low, "right": low}
-            | {"bias": x if transposed else "constexpr", "seed": "*i64" if dropout else "constexpr"}
+            | {"bias": x if transposed else "constexpr", "seed": "*i64" if masked else "constexpr"}
             | dict.fromkeys(sizes, "i32"),
             lora_linear.matmul_constants(
                 dtypes,
                 (ranks, ranks * (1 + halves)),
-                (transposed, transposed, dropout),
+                (transposed, transposed, masked),
                 partials,
                 tma,
                 tile,
@@ -299,6 +301,7 @@ def measure(case: Case) -> Row:
         shared=compiled.metadata.shared,
         counts={
             "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
+            "waits": len(re.findall(r"\bHGMMA\b[^;]*\bgsb0\b", sass)),
             "mma": len(re.findall(r"\bHMMA\b", sass)),
             "tcgen05": len(re.findall(r"\bUTC\w*MMA\b", sass)),
             "tf32": len(re.findall("TF32", sass)),
@@ -319,6 +322,8 @@ def broken_bounds(case: Case, row: Row) -> Iterator[str]:
         yield f"{row.counts['tf32']} TF32 instructions"
     if case.wgmma and not row.counts["wgmma"]:
         yield "no wgmma"
+    if row.counts["wgmma"] >= 4 and row.counts["waits"] == row.counts["wgmma"]:
+        yield "every wgmma waits for the one before"
 
 
 def report(chosen: Sequence[Case], jobs: int) -> list[Row]:

@@ -1,6 +1,7 @@
 """The kernel report: all that dispatch can pick is in it, the main kernels keep their bounds."""
 
 import os
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -22,9 +23,9 @@ CHOSEN = [
     "products bf16 columns r32 in 2 parts",
     "products fp16 rows r16 in 4 parts",
     "products bf16 any r16 in 2 parts",
-    "products fp32 rows r16",
-    "update bf16 r16 adam",
-    "update bf16 r32 adam",
+    "products fp32 rows r16 in 4 parts",
+    "update bf16 2·r8 in 2 parts whole adam",
+    "update bf16 1·r32 in 2 parts adam",
     "pack bf16 r16 in 4 parts",
     "sum_partials",
 ]
@@ -81,11 +82,13 @@ def test_all_that_dispatch_picks_is_in_the_report(arch: int) -> None:
         assert key(common.products, constants, options) in listed
         for adam, first in product((True, False), repeat=2):
             update = descend.update_variant(dtype, r, adam, first)
-            assert key(descend.update, update.constants(), descend.OPTIONS) in listed
+            for whole in {False, update.adam and not update.chunked}:
+                form = replace(update, whole=whole)
+                assert key(descend.update, form.constants(), form.options()) in listed
 
 
 def row_of(**values: object) -> Row:
-    counts = {"wgmma": 4, "mma": 0, "tcgen05": 0, "tf32": 0, "cp.async": 8}
+    counts = {"wgmma": 4, "waits": 1, "mma": 0, "tcgen05": 0, "tf32": 0, "cp.async": 8}
     counts |= values.pop("counts", {})  # type: ignore[arg-type]
     kept = {"case": "c", "arch": 90, "registers": 100, "stack": 0, "spills": 0, "shared": 1000}
     return Row(**(kept | values), counts=counts)  # type: ignore[arg-type]
@@ -101,6 +104,7 @@ def row_of(**values: object) -> Row:
         ({"shared": 227 * 1024 + 1}, ["shared memory 232449 > 232448"]),
         ({"counts": {"tf32": 1}}, ["1 TF32 instructions"]),
         ({"counts": {"wgmma": 0, "mma": 4}}, ["no wgmma"]),
+        ({"counts": {"waits": 4}}, ["every wgmma waits for the one before"]),
     ],
 )
 def test_each_bound_breaks(values: dict[str, object], broken: list[str]) -> None:

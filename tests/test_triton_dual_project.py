@@ -227,7 +227,7 @@ def case_offsets_beyond_32_bits() -> None:
 
 def form_of(shape: tuple[int, int], dtype: torch.dtype, r: int, parts: int = 2) -> common.Variant:
     weight = torch.empty(shape, dtype=dtype, device="meta")
-    return common.variant(weight, r, 1 if dtype == torch.float32 else parts)
+    return common.variant(weight, r, 4 if dtype == torch.float32 else parts)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)

@@ -8,11 +8,11 @@ So a block costs one partial of each product, 8·r·out·in·(1/columns + 1/rows
 read for the layer: 6% of W's at 4096², r = 8, bf16. Blocks of several tiles' width, where W Aᵀ adds
 to what the earlier tiles left, save partials and lose more time in waiting for them (`plan`).
 
-The factors come packed: rank by rank, padded with zeros to whole tiles, in W's dtype; beside a
-16-bit W each rank is 2 rows (hi, lo: 16 bits of a bf16 pair, 22 of an fp16 one) or 4 (hi, mid, lo,
-0: all bits of fp32). They are neighbours in one operand, so a tile of W is read from shared memory
-once for all parts, and the parts of a product lie in the same thread. Packing in the inner loop
-instead costs 60 registers and spills.
+The factors come packed: rank by rank, padded with zeros to whole tiles, in W's dtype or in bf16 for
+an fp32 W; each rank is 2 rows (hi, lo: 16 bits of a bf16 pair, 22 of an fp16 one) or 4 (hi, mid, lo
+and what is left: all bits of fp32). They are neighbours in one operand, so a tile of W is read from
+shared memory once for all parts, and the parts of a product lie in the same thread. Packing in the
+inner loop instead costs 60 registers and spills.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+}
+# What tensor cores multiply: an fp32 W and its factors go in as bf16 parts, three of 8 bits each.
+OPERANDS = {
+    torch.float32: torch.bfloat16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.float16,
 }
 MEMORIES = ("rows", "columns", "any")
 """Row-major or column-major at 16-byte alignment, or any pair of strides, element by element."""
@@ -54,12 +60,17 @@ _SUM_FIELDS = tl.constexpr(len(SUM))
 @triton.jit
 def join_parts(x, R: tl.constexpr, PARTS: tl.constexpr, low: tl.constexpr):
     """(n, R·PARTS) -> (n, R): the sum of each rank's parts, the lo one of two times `low`."""
-    if PARTS == 1:
-        return x
     if PARTS == 2:
         hi, lo = tl.split(tl.reshape(x, [x.shape[0], R, 2]))
         return hi + lo * low
     return tl.sum(tl.reshape(x, [x.shape[0], R, PARTS]), axis=2)
+
+
+@triton.jit
+def _operand(w, UPCAST: tl.constexpr):
+    """bf16, or the same numbers in fp32 for the interpreter, whose bf16 dot is wrong."""
+    w = w.to(tl.bfloat16)
+    return w.to(tl.float32) if UPCAST else w
 
 
 @triton.jit
@@ -91,6 +102,7 @@ def products(
     TM: tl.constexpr,
     TN: tl.constexpr,
     FLAT: tl.constexpr,
+    WGMMA: tl.constexpr,
     UPCAST: tl.constexpr,
     SPAN: tl.constexpr,
 ):
@@ -105,7 +117,12 @@ def products(
         FLAT: Bᵀ W is accumulated as (R·PARTS, TN) instead of its transpose: `mma.sync` then takes
             both operands of both products from one shared tile, so that loads are pipelined;
             wgmma wants the long side as M.
+        WGMMA: the products are wgmma's, on sm_90.
         UPCAST: the interpreter's bf16 dot is wrong, its fp32 one is right.
+
+    An fp32 W is split in registers into three bf16 parts. Their products are summed in fp32, the
+    smallest first, tile by tile: tensor cores cut off what they add up, and over a whole column
+    that would show.
     """
     program = programs + tl.program_id(0) * 3
     index = tl.load(program)
@@ -124,9 +141,10 @@ def products(
     in_size = tl.load(layer + 4).to(tl.int32)
     # The compiler pipelines a load only if it can tell that it moves 4 bytes or more at a time.
     block_rows = tl.multiple_of(tl.load(layer + 5).to(tl.int32), TM)
-    a_base = tl.multiple_of(tl.load(layer + 6).to(tl.pointer_type(dtype)), 16)
+    operand: tl.constexpr = tl.bfloat16 if dtype == tl.float32 else dtype
+    a_base = tl.multiple_of(tl.load(layer + 6).to(tl.pointer_type(operand)), 16)
     a_stride = tl.multiple_of(tl.load(layer + 7).to(tl.int32), 16)
-    b_base = tl.multiple_of(tl.load(layer + 8).to(tl.pointer_type(dtype)), 16)
+    b_base = tl.multiple_of(tl.load(layer + 8).to(tl.pointer_type(operand)), 16)
     b_stride = tl.multiple_of(tl.load(layer + 9).to(tl.int32), 16)
     p = tl.load(layer + 10).to(tl.int32)
     q = tl.load(layer + 11).to(tl.int32)
@@ -158,6 +176,11 @@ def products(
         b_unscale = tl.load(tl.load(layer + 17).to(tl.pointer_type(tl.float32)) + rank)
     row_begin = row_block * block_rows
     row_end = tl.minimum(row_begin + block_rows, out_size)
+    # Without a way around the loop ptxas keeps several wgmma under way; with one it lets each wait
+    # for the one before (C7515): 843 µs instead of 600 for 64 layers of 4096², r = 16 (H200). Other
+    # chips only get more to spill by it.
+    if WGMMA:
+        tl.assume(row_begin < row_end)
     col0 = col_block * TN
     cols = col0 + k
     a = tl.load(a_base + part * a_stride + cols[None, :])
@@ -178,13 +201,31 @@ def products(
         )
         b = tl.load(b_base + part * b_stride + rows[None, :])
         if UPCAST:
-            w = w.to(tl.float32)
             b = b.to(tl.float32)
-        left = tl.dot(w, tl.trans(a), input_precision="ieee")
-        if FLAT:
-            right = tl.dot(b, w, right, input_precision="ieee")
+        if dtype == tl.float32:
+            hi = _operand(w, UPCAST)
+            w -= hi.to(tl.float32)
+            mid = _operand(w, UPCAST)
+            lo = _operand(w - mid.to(tl.float32), UPCAST)
+            left = tl.dot(lo, tl.trans(a), input_precision="ieee")
+            left = tl.dot(mid, tl.trans(a), left, input_precision="ieee")
+            left = tl.dot(hi, tl.trans(a), left, input_precision="ieee")
+            if FLAT:
+                more = tl.dot(b, lo, input_precision="ieee")
+                more = tl.dot(b, mid, more, input_precision="ieee")
+                right += tl.dot(b, hi, more, input_precision="ieee")
+            else:
+                more = tl.dot(tl.trans(lo), tl.trans(b), input_precision="ieee")
+                more = tl.dot(tl.trans(mid), tl.trans(b), more, input_precision="ieee")
+                right += tl.dot(tl.trans(hi), tl.trans(b), more, input_precision="ieee")
         else:
-            right = tl.dot(tl.trans(w), tl.trans(b), right, input_precision="ieee")
+            if UPCAST:
+                w = w.to(tl.float32)
+            left = tl.dot(w, tl.trans(a), input_precision="ieee")
+            if FLAT:
+                right = tl.dot(b, w, right, input_precision="ieee")
+            else:
+                right = tl.dot(tl.trans(w), tl.trans(b), right, input_precision="ieee")
         left = join_parts(left, R, PARTS, low)
         if dtype == tl.float16:
             left *= a_unscale
@@ -217,22 +258,23 @@ class Tile:
         return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
-# By columns of a packed factor (16, 32, 64) beside a 16-bit W, and by rank (16, 32) for fp32. Wide
-# tiles because what a tile costs beside its own bytes, the factor of its rows and the left partial,
-# falls with its width. The limits: shared memory (227 kB on H100 and H200, 163 on A100, 99 on 4090)
-# and 255 registers a thread. `make kernel-report` checks both; no choice has been timed yet.
-_FP32 = {16: Tile(32, 32, 8, 3), 32: Tile(16, 32, 8, 3)}
+# By columns of a packed factor (16, 32, 64). Wide tiles because what a tile costs beside its own
+# bytes, the factor of its rows and the left partial, falls with its width. The limits: shared
+# memory (227 kB on H100 and H200, 163 on A100, 99 on 4090) and 255 registers a thread, which `make
+# kernel-report` checks. Timed on an H200 (benchmarks/tune.py); what is not for it, nowhere.
+_FP32 = {32: Tile(64, 64, 8, 3), 64: Tile(64, 64, 8, 3)}
+_FP32_MMA_SYNC = {32: Tile(32, 64, 8, 2), 64: Tile(32, 32, 8, 2)}
 _MMA_SYNC = {16: Tile(32, 256, 8, 2), 32: Tile(32, 256, 8, 2), 64: Tile(32, 256, 8, 2)}
 _TILES = {
     "A100, 4090 and what is not listed": _MMA_SYNC,
     "H100, H200": {16: Tile(64, 512, 8, 3), 32: Tile(64, 256, 4, 3), 64: Tile(64, 256, 8, 3)},
-    "B200": {16: Tile(64, 256, 8, 3), 32: Tile(64, 256, 8, 2), 64: Tile(64, 256, 8, 3)},
+    "B200": {16: Tile(64, 256, 8, 3), 32: Tile(64, 128, 8, 3), 64: Tile(64, 256, 8, 3)},
 }
 _BY_CAPABILITY = {(9, 0): "H100, H200", (10, 0): "B200"}
 
-# Ranks a variant is compiled for, by parts: 1 is fp32's. What is beyond the last takes several
-# reads of W: at 128 columns the tensor work would take longer than a second read, and A100 spills.
-RANKS = {1: (16, 32), 2: (8, 16, 32), 4: (8, 16)}
+# Ranks a variant is compiled for, by parts. What is beyond the last takes several reads of W: at
+# 128 columns the tensor work would take longer than a second read, and A100 spills.
+RANKS = {2: (8, 16, 32), 4: (8, 16)}
 
 
 @dataclass(frozen=True)
@@ -244,17 +286,21 @@ class Variant:
     rank: int
     parts: int
 
+    @property
+    def operand(self) -> torch.dtype:
+        """Of the packed factors."""
+        return OPERANDS[self.dtype]
+
     def tile(self, capability: tuple[int, int]) -> Tile:
+        tiles = _tiles(capability)
         if self.dtype == torch.float32:
-            tile = _FP32[self.rank]
-        else:
-            tile = _tiles(capability)[self.rank * self.parts]
+            tiles = _FP32_MMA_SYNC if tiles is _MMA_SYNC else _FP32
+        tile = tiles[self.rank * self.parts]
         if self.memory != "any":
             return tile
-        # Single elements are not pipelined, 64×512 of them spill, and so does ptxas to fit a second
+        # Single elements are not pipelined, 64×256 of them spill, and so does ptxas to fit a second
         # block beside the first. The tensor cores add up K in steps of 16 either way.
-        rows = min(tile.rows, (1 << 14) // tile.columns)
-        return Tile(rows, tile.columns, 8, 1, maxnreg=255)
+        return Tile(tile.rows, min(tile.columns, (1 << 13) // tile.rows), 8, 1, maxnreg=255)
 
     def constants(self, capability: tuple[int, int]) -> dict[str, object]:
         """The constexpr arguments of `products`."""
@@ -266,8 +312,9 @@ class Variant:
             "PARTS": self.parts,
             "TM": tile.rows,
             "TN": tile.columns,
-            "FLAT": self.dtype != torch.float32 and _tiles(capability) is _MMA_SYNC,
-            "UPCAST": INTERPRETED and self.dtype == torch.bfloat16,
+            "FLAT": _tiles(capability) is _MMA_SYNC,
+            "WGMMA": capability == (9, 0) and self.memory != "any",
+            "UPCAST": INTERPRETED and OPERANDS[self.dtype] == torch.bfloat16,
             "SPAN": SPAN,
         }
 
@@ -336,10 +383,11 @@ def plan(
 ) -> Plan:
     """The blocks of one layer, by nothing but its own shape, dtype and rank.
 
-    One tile wide, so that no product of a tile waits for an earlier one's: of 2048 × 1024 columns
-    the reads alone take 25% longer at 4096², r = 16 (H200: 747 µs against 599 for 64 layers), more
-    than the partials that they save. About 8 of 512 columns in a large layer; at least 2¹⁷
-    elements (256 kB in bf16) in a small one.
+    One tile wide, so that no product of a tile waits for an earlier one's: with two tiles side by
+    side the reads alone take 25% longer at 4096², r = 16 (H200: 747 µs against 599 for 64 layers),
+    more than the partials that they save. About 8 of 512 columns in a large layer; at least 2¹⁷
+    elements (256 kB in bf16) in a small one; at most 4096 rows, for what tensor cores cut off as
+    they add up grows with their number.
 
     Args:
         shape: (out, in).
@@ -350,7 +398,7 @@ def plan(
     area = max(1 << 17, _power_of_two(out_features * in_features / 8))
     columns = tile.columns
     # Tiles of strange memory are shorter, their blocks are not: the same partials.
-    rows = max(64, area // columns)
+    rows = min(max(64, area // columns), 4096)
     row_blocks, column_blocks = -(-out_features // rows), -(-in_features // columns)
     return Plan(
         rows,

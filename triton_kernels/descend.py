@@ -38,12 +38,6 @@ GRAPH_STEPS = 20
 """Divides the 100 steps between two points of a trace of 4,000; 40 launches replayed as one."""
 SCHEDULE_STEPS = 4096
 """Rows of the table of rates; more steps are done in several goes."""
-COLUMNS = {16: 64, 32: 32}
-"""Of a group of a tile of `update`, by its rows. At 4096², r = 8 it took 146 µs, with twice as many
-or with 8 warps 217 (H200, 64 layers): it is latency that it waits for."""
-OPTIONS = {"num_warps": 4}
-"""How `update` is compiled and launched."""
-_IN_FLIGHT = 4
 _FP16_SCALE = tl.constexpr(16.0)
 
 # A layer as `update` sees it; side 0 is B, side 1 is A.
@@ -107,7 +101,7 @@ def update(
             half of it empty: two groups of T columns lie one below the other.
         IN_FLIGHT: partials asked for before the first is added.
         WHOLE: sizes are multiples of T and all addresses of 16 bytes: no masks along the columns,
-            and 16 bytes at a time. A third of the instructions, which are what takes the time.
+            and 16 bytes at a time, for a third of the instructions. Adam's only.
     """
     program = programs + tl.program_id(0) * 3
     layer = layers + tl.load(program) * _FIELDS
@@ -259,7 +253,7 @@ def update(
 class UpdateVariant:
     """A compiled form of `update`."""
 
-    dtype: torch.dtype  # of W
+    dtype: torch.dtype  # of the packed factors
     parts: int
     rank: int
     groups: int
@@ -271,7 +265,18 @@ class UpdateVariant:
     @property
     def columns(self) -> int:
         """Of a tile."""
-        return self.groups * COLUMNS[self.rank]
+        return self.groups * self.group_columns
+
+    @property
+    def group_columns(self) -> int:
+        """64 of them took 146 µs at 4096², r = 8, twice as many or 8 warps 217 (H200, 64 layers):
+        it is latency that `update` waits for.
+        """
+        return 128 if self.chunked else 64 if self.rank == 16 else 32
+
+    def options(self) -> dict[str, int]:
+        """How it is compiled and launched."""
+        return {"num_warps": 8 if self.chunked else 4}
 
     def constants(self) -> dict[str, object]:
         """The constexpr arguments of `update`."""
@@ -283,8 +288,8 @@ class UpdateVariant:
             "CHUNKED": self.chunked,
             "ADAM": self.adam,
             "FIRST": self.first,
-            "T": COLUMNS[self.rank],
-            "IN_FLIGHT": _IN_FLIGHT,
+            "T": self.group_columns,
+            "IN_FLIGHT": 4 if self.rank == 16 else 2,
             "WHOLE": self.whole,
         }
 
@@ -294,12 +299,14 @@ def update_variant(dtype: torch.dtype, r: int, adam: bool, first: bool) -> Updat
     first launch of a call is the same for Adam and plain descent.
     """
     rank, groups, chunked = (32 if 16 < r <= 32 else 16), (2 if r <= 8 else 1), r > 32
-    return UpdateVariant(dtype, parts_of(dtype), rank, groups, chunked, adam or first, first)
+    return UpdateVariant(
+        common.OPERANDS[dtype], parts_of(dtype), rank, groups, chunked, adam or first, first
+    )
 
 
 def parts_of(dtype: torch.dtype) -> int:
     """hi + lo beside a 16-bit W: over 4,000 steps factors drift 4e-6, rounded once 0.2 to 1.5%."""
-    return 1 if dtype == torch.float32 else 2
+    return 4 if dtype == torch.float32 else 2
 
 
 def descend(
@@ -346,11 +353,11 @@ class _Problem:
 
     def update(self, first: bool = False) -> UpdateVariant:
         """The form of `update` for this layer."""
-        form = update_variant(self.dtype, self.rank, len(self.state) > 1, first)
-        whole = not any(size % form.columns for size in self.sizes) and not any(
-            address % 16 for address in self.state
-        )
-        return replace(form, whole=whole and not form.chunked)
+        adam = len(self.state) > 1
+        form = update_variant(self.dtype, self.rank, adam, first)
+        fits = not any(size % form.columns for size in self.sizes)
+        aligned = not any(address % 16 for address in self.state)
+        return replace(form, whole=fits and aligned and adam and not form.chunked)
 
 
 def _sessions_of(
@@ -447,7 +454,7 @@ class _Session:
         for size, count, width in zip(sizes, counts, widths, strict=True):
             # What is beyond r and size is never written again.
             elements = blocks.reads * form.rank * form.parts * width
-            packed.append(self._scratch(elements, form.dtype).zero_().data_ptr())
+            packed.append(self._scratch(elements, form.operand).zero_().data_ptr())
             partials.append(self._scratch(count * r * size, torch.float32).data_ptr())
             elements = self._groups_of(size) * r * r
             grams.append(self._scratch(elements, torch.float32).data_ptr())
@@ -461,7 +468,7 @@ class _Session:
         for first in range(0, r, form.rank):
             ranks = min(form.rank, r - first)
             b, a = (
-                (start + first * form.parts * width * form.dtype.itemsize, width)
+                (start + first * form.parts * width * form.operand.itemsize, width)
                 for start, width in zip(packed, widths, strict=True)
             )
             left, right = (
@@ -513,7 +520,12 @@ class _Session:
     def _launch_update(self, form: UpdateVariant) -> None:
         tables = (self._updates, self._tiles, self._counter, self._schedule)
         common.launch(
-            update, len(self._tiles), *tables, *self._constants, **form.constants(), **OPTIONS
+            update,
+            len(self._tiles),
+            *tables,
+            *self._constants,
+            **form.constants(),
+            **form.options(),
         )
 
     def _capture(self) -> torch.cuda.CUDAGraph:

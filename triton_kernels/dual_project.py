@@ -79,7 +79,7 @@ def pack(
 def pack_constants(form: Variant) -> dict[str, object]:
     """The constexpr arguments of `pack`."""
     return {
-        "dtype": common.TRITON_DTYPES[form.dtype],
+        "dtype": common.TRITON_DTYPES[form.operand],
         "R": form.rank,
         "PARTS": form.parts,
         "SPAN": _SPAN,
@@ -155,7 +155,7 @@ def dual_project(
 
 def _parts(weight: torch.dtype, factors: tuple[torch.dtype, torch.dtype], precision: str) -> int:
     if weight == torch.float32:
-        return 1
+        return 4
     return 2 if precision == "fast" or factors == (weight, weight) else 4
 
 
@@ -163,8 +163,8 @@ def _run(form: Variant, pieces: list[_Piece], device: torch.device) -> None:
     rows = form.rank * form.parts
     sizes = [size for piece in pieces for size in (piece.A.shape[1], piece.Bt.shape[1])]
     widths = [common.padded(size) for size in sizes]
-    packed = common.scratch(rows * sum(widths), form.dtype, device)
-    ends = packed.data_ptr() + np.cumsum([0, *widths]) * rows * form.dtype.itemsize
+    packed = common.scratch(rows * sum(widths), form.operand, device)
+    ends = packed.data_ptr() + np.cumsum([0, *widths]) * rows * form.operand.itemsize
     unscale = common.scratch(form.rank * len(widths), torch.float32, device)
     counts = [n for p in pieces for n in (p.plan.column_blocks, p.plan.row_blocks)]
     products = [product for piece in pieces for product in (piece.left, piece.right)]

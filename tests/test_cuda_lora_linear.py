@@ -1,18 +1,22 @@
 """csrc/lora_linear.cu and csrc/project.cu: their index maths on the host, their machine code, and
 on a GPU their results."""
 
+import ctypes
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lora_init import BackendError, backend, backends, native
-from lora_init.backends import cuda
+from lora_init.backends import cuda, reference
 from lora_init.ops.lora_linear import lora_linear
 from lora_init.testing import assert_accurate
 
@@ -106,6 +110,85 @@ def test_without_the_module_the_reason_says_how_to_get_it(monkeypatch: pytest.Mo
     reason = cuda.why_unsupported("lora_linear")
     assert reason is not None
     assert "LORA_INIT_CUDA=1" in reason
+
+
+class OnTheHost:
+    """lora_init._C's two functions for operands in the host's memory, in fp16: what a kernel would
+    find at the addresses that it is given. Refuses what TMA cannot address.
+    """
+
+    last = ""
+
+    def lora_linear(self, **call: Any) -> None:
+        (m, n, k, r), strides = call["sizes"], call["strides"]
+        assert not call["overlaps"] or self.last == "project"
+        flip = (lambda rows, columns: (columns, rows)) if call["transposed"] else lambda *size: size
+        x = self.matrix(call["x"], (m, k), strides[0])
+        R = self.matrix(call["R"], flip(n, k), strides[1])
+        y = x @ (R if call["transposed"] else R.T)
+        if r:
+            S = self.matrix(call["S"], (m, r), strides[2])
+            B = self.matrix(call["B"], flip(n, r), strides[3])
+            y += S @ (B if call["transposed"] else B.T)
+        if call["bias"]:
+            y += self.matrix(call["bias"], (1, n), -(-n // 8) * 8)
+        at(call["y"], (m, n), (strides[4], 1))[:] = y
+        self.last = "lora_linear"
+
+    def project(self, **call: Any) -> None:
+        (m, k, r), strides = call["sizes"], call["strides"]
+        assert not call["overlaps"] or self.last in ("lora_linear", "project")
+        assert call["transposed_f"] or not call["transposed_x"]
+        x = self.matrix(call["x"], (k, m) if call["transposed_x"] else (m, k), strides[0])
+        f = self.matrix(call["f"], (k, r) if call["transposed_f"] else (r, k), strides[1])
+        x, f = x.T if call["transposed_x"] else x, f if call["transposed_f"] else f.T
+        at(call["c"], (m, r), strides[2:])[:] = call["scale"] * (x @ f)
+        self.last = "project"
+
+    @staticmethod
+    def matrix(address: int, shape: tuple[int, int], pitch: int) -> np.ndarray:
+        assert address % 16 == pitch % 8 == 0
+        return at(address, shape, (pitch, 1)).astype(np.float64)
+
+
+def at(address: int, shape: tuple[int, int], strides: tuple[int, int]) -> np.ndarray:
+    count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    buffer = (ctypes.c_int16 * count).from_address(address)
+    elements = np.frombuffer(buffer, np.float16)
+    return np.lib.stride_tricks.as_strided(elements, shape, [2 * stride for stride in strides])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("r", "trained"), [(16, 16), (16, 8), (5, 5), (17, 3)])
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_the_kernels_are_told_the_right_addresses_sizes_and_strides(
+    monkeypatch: pytest.MonkeyPatch, r: int, trained: int, dropout_p: float, rows_first: bool
+) -> None:
+    module = OnTheHost()
+    monkeypatch.setattr(native, "module", lambda: module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    generator = torch.Generator().manual_seed(r)
+
+    def draw(*size: int) -> Tensor:
+        stored = torch.randn(*size, generator=generator).half()
+        return stored if rows_first else stored.T.contiguous().T
+
+    x, dy, A, B = draw(33, 24), draw(33, 40), draw(r, 24), draw(40, r)
+    R, bias = draw(40, 24).contiguous(), draw(2, 40)[0]
+    seed = torch.tensor([7]) if dropout_p else None
+    options = (seed, 1.5, dropout_p, trained)
+    got, exact = [], []
+    for backend_, kind, results in ((cuda, torch.half, got), (reference, torch.double, exact)):
+        tensors = [t.to(kind) for t in (x, R, A, B, bias)]
+        y, S = backend_.lora_linear_forward(*tensors, *options)
+        x_, R_, A_, B_, _ = tensors
+        gradients = backend_.lora_linear_backward(
+            dy.to(kind), x_, R_, A_, B_, S, *options, (True, True, True, True)
+        )
+        results += [y, S, *gradients]
+    for actual, truth in zip(got, exact, strict=True):
+        assert actual.dtype == torch.half
+        torch.testing.assert_close(actual.double(), truth, rtol=5e-3, atol=5e-2)
 
 
 # On a GPU

@@ -417,17 +417,17 @@ class Descent {
   __device__ __forceinline__ Tile receive_gram(int step) const {
     constexpr int kLoads = 8;
     const int from = 1 - side(), slot = Regions::gram(from, step & 1);
+    const int count = first_tile() < end_tile() ? members(side()) : 0;
     Tile sum{};
-    for (int g0 = 0; g0 < members(side()); g0 += kLoads) {
+    for (int g0 = 0; g0 < count; g0 += kLoads) {
       Words words[kLoads * kFragments];
       receive(words, step, [&](int i) {
-        const int g = min(g0 + i / kFragments, members(side()) - 1);
+        const int g = min(g0 + i / kFragments, count - 1);
         return region(from, g, gram_owner(from, g)) + slot + chunk(0, i % kFragments);
       });
 #pragma unroll
       for (int i = 0; i < kLoads * kFragments; ++i)
-        if (g0 + i / kFragments < members(side()))
-          add(sum.of[i % kFragments], cast<Floats>(words[i]));
+        if (g0 + i / kFragments < count) add(sum.of[i % kFragments], cast<Floats>(words[i]));
     }
     return sum;
   }
@@ -510,14 +510,14 @@ class Descent {
     const float alpha = launch_.schedule[2 * step], inverse_root = launch_.schedule[2 * step + 1];
     for (int first = first_tile(); first < end_tile(); first += 2 * kMost) {
       Tile p[kMost], m[kMost], v[kMost], projected[kMost] = {};
-      for (int k = 0; k < members(side()); k += kLoads)
-        add_products<kMost, kLoads>(first, k, step, projected);
 #pragma unroll
       for (int t = 0; t < kMost; ++t) {
         p[t] = stored(within(first, t), 0);
         if (kAdam) m[t] = stored(within(first, t), 1);
         if (kAdam) v[t] = stored(within(first, t), 2);
       }
+      for (int k = 0; k < members(side()); k += kLoads)
+        add_products<kMost, kLoads>(first, k, step, projected);
       float rows[kFragments][kRanks];
       spread(gram, rows);
       warp::sync_warp();  // the tiles before have been read

@@ -16,8 +16,14 @@ import lora_init
 from lora_init import BackendError, backend, backends, selftest
 from lora_init.backends import available, explain, select
 from lora_init.distributed import Ranks
+from lora_init.ops.descend import DescentState, Optimizer
 
 CPU = torch.device("cpu")
+EYE = torch.eye(3)
+CALLS = {
+    "dual_project": ([EYE], [EYE], [EYE], "full"),
+    "descend": ([EYE], DescentState.start([EYE], [EYE], Optimizer()), 1),
+}
 # The reference's arithmetic under another name, so that the test decides what is broken in it.
 KERNELS = """
 from lora_init.backends import reference
@@ -91,7 +97,7 @@ BROKEN = {
 
 def test_kernels_that_are_right_are_trusted(kernels: object) -> None:
     assert ensure() == []
-    assert select("dual_project", [torch.eye(3)]).NAME == "kernels"
+    assert select("dual_project", *CALLS["dual_project"]).NAME == "kernels"
 
 
 @pytest.mark.parametrize(("op", "damage"), BROKEN.values(), ids=BROKEN)
@@ -102,14 +108,14 @@ def test_a_broken_kernel_is_named_and_refused_and_the_rest_is_not(
     (message,) = ensure()
     assert message.startswith(f"kernels's {op} is wrong and will not be used (on cpu, ")
     other = {"dual_project": "descend", "descend": "dual_project"}[op]
-    assert select(op, [torch.eye(3)]).NAME != "kernels"
-    assert select(other, [torch.eye(3)]).NAME == "kernels"
-    assert "failed its self-test" in explain(op, [torch.eye(3)])
+    assert select(op, *CALLS[op]).NAME != "kernels"
+    assert select(other, *CALLS[other]).NAME == "kernels"
+    assert "failed its self-test" in explain(op, *CALLS[op])
     with (
         backend("kernels"),
         pytest.raises(BackendError, match="failed its self-test"),
     ):
-        select(op, [torch.eye(3)])
+        select(op, *CALLS[op])
     assert ensure() == []  # said once
 
 
@@ -167,8 +173,8 @@ def test_what_fails_on_another_rank_is_not_used_here(kernels: object) -> None:
 
     (message,) = ensure(Job(rank=0, size=2))
     assert "another device" in message
-    assert select("dual_project", [torch.eye(3)]).NAME != "kernels"
-    assert select("descend", [torch.eye(3)]).NAME == "kernels"
+    assert select("dual_project", *CALLS["dual_project"]).NAME != "kernels"
+    assert select("descend", *CALLS["descend"]).NAME == "kernels"
 
 
 BROKEN_KERNEL = """
@@ -229,14 +235,14 @@ def test_a_broken_triton_kernel_is_caught_under_the_interpreter(
 
 
 def test_explain_says_which_path_and_why(kernels: object) -> None:
-    assert explain("descend", [torch.eye(3)]).splitlines()[:2] == [
+    assert explain("descend", *CALLS["descend"]).splitlines()[:2] == [
         "descend: the first that can is taken",
         "kernels: runs descend (measured in benchmarks/results)",
     ]
-    assert "unverified: in no committed result" in explain("dual_project", [torch.eye(3)])
+    assert "unverified: in no committed result" in explain("dual_project", *CALLS["dual_project"])
     assert "kernels: has no such kernel" in explain("lora_linear", torch.eye(3))
     assert "reference: runs lora_linear" in explain("lora_linear", torch.eye(3))
     with backend("reference"):
-        assert explain("descend", [torch.eye(3)]) == (
+        assert explain("descend", *CALLS["descend"]) == (
             "descend: 'reference' was asked for\nreference: runs descend"
         )

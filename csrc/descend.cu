@@ -66,6 +66,7 @@ void descend(const Descend& call) {
   check(call.ranks == 8 || call.ranks == 16, "descend: ranks must be 8 or 16, got ", call.ranks);
   check(call.steps >= 0 && call.steps < 1 << 20, "descend: steps must be in [0, 2^20), got ",
         call.steps);
+  check(call.blocks < int64_t(1) << 31, "descend: at most 2^31 blocks, got ", call.blocks);
   if (call.blocks == 0 || call.steps == 0) return;
   const DeviceGuard guard(call.device, "descend");
   const auto [kernel, shared_bytes] = variant(call.ranks, call.bf16, call.adam);

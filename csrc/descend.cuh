@@ -45,13 +45,12 @@ namespace blocks {
 template <typename Half, int kRanks, bool kAdam>
 class Descent {
  public:
-  __device__ __forceinline__ explicit Descent(const DescendLaunch& launch)
-      : launch_(launch), layer_(launch.layers) {}
+  __device__ __forceinline__ explicit Descent(const DescendLaunch& launch) : launch_(launch) {}
 
   // A layer's blocks lie on different CTAs, and each CTA takes its blocks in order: the layers
   // before a layer end without it, so it begins everywhere.
   __device__ __forceinline__ void run() {
-    for (int64_t block = blockIdx.x; block < launch_.blocks; block += gridDim.x) {
+    for (int block = blockIdx.x; block < launch_.blocks; block += gridDim.x) {
       find(block);
       load_weight();
       load_state();
@@ -85,19 +84,21 @@ class Descent {
 
   // Geometry
 
-  __device__ __forceinline__ void find(int64_t block) {
+  __device__ __forceinline__ void find(int block) {
     while (true) {
-      rows_ = ceil_div(layer_->sizes[0], kBlock);
-      columns_ = ceil_div(layer_->sizes[1], kBlock);
-      if (block < layer_->first_block + rows_ * columns_) break;
+      rows_ = ceil_div(layer().sizes[0], kBlock);
+      columns_ = ceil_div(layer().sizes[1], kBlock);
+      if (block < layer().first_block + rows_ * columns_) break;
       ++layer_;
     }
-    const int index = int(block - layer_->first_block);
+    const int index = int(block - layer().first_block);
     row_ = index / columns_;
     column_ = index % columns_;
-    base_ = int(layer_->first_block % gridDim.x);
-    mean_ = 2 / (float(layer_->sizes[0]) * float(layer_->sizes[1]));
+    base_ = int(layer().first_block % gridDim.x);
+    mean_ = 2 / (float(layer().sizes[0]) * float(layer().sizes[1]));
   }
+
+  __device__ __forceinline__ const DescendLayer& layer() const { return launch_.layers[layer_]; }
 
   // A group is the blocks of a row (side 0) or column (side 1); it has a member in each group of
   // the other side.
@@ -123,7 +124,7 @@ class Descent {
   __device__ __forceinline__ void meet(Counter which) const {
     warp::sync_threads();
     if (threadIdx.x == 0) {
-      uint32_t* counter = launch_.counters + (layer_->first_counter + which) * kCounterWords;
+      uint32_t* counter = launch_.counters + (layer().first_counter + which) * kCounterWords;
       warp::fence();
       warp::add(counter);
       Patience patience;
@@ -152,13 +153,18 @@ class Descent {
     warp::store_whole(to, words);
   }
 
-  // From `address(i)` in the workspace. The first is asked for until it is there, then all of them.
+  // From `address(i)` in the workspace.
   template <int kCount, typename Address>
-  __device__ __forceinline__ void receive(Words (&words)[kCount], int step, Address address) const {
-    Patience patience;
-    const auto late = [&](const Words& w) { return (w.x[3] & 1) != mark(step); };
+  __device__ __forceinline__ void request(Words (&words)[kCount], Address address) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) words[i] = warp::load_whole(launch_.workspace + address(i));
+  }
+
+  // Until all are there: the first is asked for until it is, then the others together.
+  template <int kCount, typename Address>
+  __device__ __forceinline__ void settle(Words (&words)[kCount], int step, Address address) const {
+    Patience patience;
+    const auto late = [&](const Words& w) { return (w.x[3] & 1) != mark(step); };
     while (warp::any(late(words[0]))) {
       words[0] = warp::load_whole(launch_.workspace + address(0));
       patience.wait();
@@ -174,6 +180,12 @@ class Descent {
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) words[i].x[3] &= ~1u;
+  }
+
+  template <int kCount, typename Address>
+  __device__ __forceinline__ void receive(Words (&words)[kCount], int step, Address address) const {
+    request(words, address);
+    settle(words, step, address);
   }
 
   // The slots of this CTA, as if of the steps before.
@@ -196,7 +208,7 @@ class Descent {
   }
 
   __device__ __forceinline__ void load_columns(int first, int count) const {
-    const auto [weight, row_stride, column_stride, sizes, r, p, m, v, block, counters] = *layer_;
+    const auto [weight, row_stride, column_stride, sizes, r, p, m, v, block, counters] = layer();
     const int units = 2 * count;
     const int64_t row0 = int64_t(row_) * kBlock,
                   column0 = int64_t(column_) * kBlock + first * kTile;
@@ -274,9 +286,10 @@ class Descent {
       if (member(0) == gram_owner(0, row_)) send_gram(0, kWarps / 2, step);
     }
     multiply_columns(own() + Regions::partial(1, step & 1), step);
-    const Tile gram = receive_gram(step);
+    GramWords grams;
+    request(grams, GramAddress{*this, 0, step});
     multiply_last_columns(own() + Regions::partial(1, step & 1), step);
-    return gram;
+    return sum_grams(grams, step);
   }
 
   // W Aᵀ
@@ -346,7 +359,8 @@ class Descent {
         *reinterpret_cast<Floats*>(scratch + warp_ * kBytes + chunk(i, n)) = total(last[i], n);
     warp::sync_threads();
 #pragma unroll
-    for (int at = threadIdx.x * kChunk; at < kBytes; at += kThreads * kChunk) {
+    for (int i = 0; i < kBytes / (kThreads * kChunk); ++i) {
+      const int at = (i * kThreads + threadIdx.x) * kChunk;
       Floats sum{};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w)
@@ -414,22 +428,31 @@ class Descent {
   }
 
   // That of the other side's factor, of which each of its groups has sent a part.
-  __device__ __forceinline__ Tile receive_gram(int step) const {
-    constexpr int kLoads = 8;
-    const int from = 1 - side(), slot = Regions::gram(from, step & 1);
-    const int count = first_tile() < end_tile() ? members(side()) : 0;
-    Tile sum{};
-    for (int g0 = 0; g0 < count; g0 += kLoads) {
-      Words words[kLoads * kFragments];
-      receive(words, step, [&](int i) {
-        const int g = min(g0 + i / kFragments, count - 1);
-        return region(from, g, gram_owner(from, g)) + slot + chunk(0, i % kFragments);
-      });
-#pragma unroll
-      for (int i = 0; i < kLoads * kFragments; ++i)
-        if (g0 + i / kFragments < count) add(sum.of[i % kFragments], cast<Floats>(words[i]));
+  static constexpr int kGrams = kRanks == 8 ? 8 : 4;
+  using GramWords = Words[kGrams * kFragments];
+  struct GramAddress {
+    const Descent& self;
+    int first, step;
+    __device__ __forceinline__ uint32_t operator()(int i) const {
+      const int from = 1 - self.side();
+      const int g = min(first + i / kFragments, self.members(self.side()) - 1);
+      return self.region(from, g, self.gram_owner(from, g)) + Regions::gram(from, step & 1) +
+             self.chunk(0, i % kFragments);
     }
-    return sum;
+  };
+
+  __device__ __forceinline__ Tile sum_grams(GramWords& words, int step) const {
+    Tile sum{};
+    for (int first = 0;;) {
+      settle(words, step, GramAddress{*this, first, step});
+#pragma unroll
+      for (int i = 0; i < kGrams * kFragments; ++i)
+        if (first + i / kFragments < members(side()))
+          add(sum.of[i % kFragments], cast<Floats>(words[i]));
+      first += kGrams;
+      if (first >= members(side())) return sum;
+      request(words, GramAddress{*this, first, step});
+    }
   }
 
   // Updates. Two warps a side; each has every second tile of its CTA's slice of the group.
@@ -462,11 +485,11 @@ class Descent {
   // f(element of the tensors of the state, which, value) for all that exist.
   template <typename Function>
   __device__ __forceinline__ void each_element(int tile, int n, Function f) const {
-    const auto& sizes = layer_->sizes;
+    const auto& sizes = layer().sizes;
     const int rank = chunk_rank(n, lane_);
     for (int i = 0; i < 4; ++i) {
       const int64_t column = int64_t(group(side())) * kBlock + chunk_column(tile, lane_, i);
-      if (rank < layer_->r && column < sizes[side()])
+      if (rank < layer().r && column < sizes[side()])
         f(i, rank * (sizes[0] + sizes[1]) + side() * sizes[0] + column);
     }
   }
@@ -493,14 +516,14 @@ class Descent {
 
   static constexpr int kStates = kAdam ? 3 : 1;
   __device__ __forceinline__ float* tensor(int which) const {
-    return which == 0 ? layer_->params : which == 1 ? layer_->m : layer_->v;
+    return which == 0 ? layer().params : which == 1 ? layer().m : layer().v;
   }
 
   __device__ __forceinline__ void update(int step, const Tile& gram) const {
     warp::sync_threads();  // the warps' place was the operands'
-    // Few members have many tiles each, many members few.
+    // Few members have many tiles each, many members few; as many as registers hold.
     if (members(side()) <= 4)
-      advance<kRanks == 8 ? 3 : 2, 4>(step, gram);
+      advance<kRanks == 8 ? 3 : kAdam ? 2 : 1, 4>(step, gram);
     else
       advance<1, kRanks == 8 ? 16 : 8>(step, gram);
   }
@@ -656,8 +679,8 @@ class Descent {
   }
 
   const DescendLaunch& launch_;
-  const DescendLayer* layer_;
   const int lane_ = threadIdx.x % 32, warp_ = warp::index();
+  int layer_ = 0;
   int rows_ = 0, columns_ = 0;  // blocks of the layer
   int row_ = 0, column_ = 0;    // the block's
   int base_ = 0;                // the CTA of the layer's first block

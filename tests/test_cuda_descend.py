@@ -256,6 +256,18 @@ def test_gpu_bits_depend_on_neither_group_nor_calls(shapes: Shapes) -> None:
 
 
 @pytest.mark.gpu
+def test_gpu_takes_more_blocks_than_it_holds() -> None:
+    # 480 blocks; layers share what the last ones of a round leave and begin in the middle of it.
+    shapes = [(600 + i, 1000, 8) for i in range(40)]
+    weights, together = start(shapes, device="cuda")
+    run_on_gpu(weights, together, 20)
+    _, state = start(shapes, device="cuda")
+    for i, weight in enumerate(weights):
+        run_on_gpu([weight], state.take([i]), 20)
+    assert_same(state, together)
+
+
+@pytest.mark.gpu
 def test_gpu_refuses_what_does_not_fit_on_chip() -> None:
     weights, state = start([(4096, 11008, 8)], device="cuda")
     reason = backends.available()["cuda"].why_unsupported("descend", weights, state, 1)

@@ -34,6 +34,8 @@ except ImportError:  # triton 3.3
 _INTERPRETED = tl.constexpr(common.INTERPRETED)
 _SPAN = 64
 """Columns that one program of `sum_gradients` sums."""
+PARTIALS = 4
+"""Most partials of dS: a program that reads it has as many loads in flight."""
 _SMS = 132
 """Programs aimed at: not the device's own number, so that splits depend on the shape alone."""
 # The number of tokens changes from call to call: no kernel is compiled anew for it.
@@ -58,24 +60,134 @@ def _kept(word, half: tl.constexpr, least):
 
 
 @triton.jit
+def _multiplied(word, by: tl.constexpr):
+    """The high and the low 32 bits of a product, by one instruction instead of two, of which
+    `tl.umulhi` would run at a quarter of the rate.
+    """
+    if _INTERPRETED:
+        product = word.to(tl.uint64) * by
+        return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+    # As 64-bit integers of Triton's they would look too dear to be made again where accumulators
+    # want them, and go through shared memory.
+    return tl.inline_asm_elementwise(
+        "{ .reg .b64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t; }",
+        "=r,=r,r,r",
+        [word, by],
+        dtype=(tl.uint32, tl.uint32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _words(seed, row0, column0, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The four Philox words of a tile, each (ROWS // 2, COLUMNS // 4); see `ops.philox`."""
+    key = tl.load(seed)
+    k0 = key.to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
+    row = (row0 // 2 + tl.arange(0, ROWS // 2)).to(tl.uint32)
+    column = (column0 // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)
+    # The first round, in which the other half of the counter is 0.
+    high, low = _multiplied(column, 0xD2511F53)
+    c0, c1 = row[:, None] ^ k0, tl.zeros([ROWS // 2, COLUMNS // 4], tl.uint32)
+    c2, c3 = (high ^ k1)[None, :], low[None, :]
+    c0, c2, c3 = c0 + c1, c2 + c1, c3 + c1
+    for _ in tl.static_range(9):
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+        high0, low0 = _multiplied(c0, 0xD2511F53)
+        high2, low2 = _multiplied(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def _keep(seed, row0, column0, least, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The dropout mask of a tile that begins at multiples of 16 and 128; see `ops.philox`."""
-    row = row0 // 2 + tl.arange(0, ROWS // 2)
-    column = column0 // 4 + tl.arange(0, COLUMNS // 4)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), column[None, :], row[:, None], 0, 0)
-    low = tl.join(tl.join(_kept(w0, 0, least), _kept(w2, 0, least)),
-                  tl.join(_kept(w1, 0, least), _kept(w3, 0, least)))  # fmt: skip
-    high = tl.join(tl.join(_kept(w0, 1, least), _kept(w2, 1, least)),
-                   tl.join(_kept(w1, 1, least), _kept(w3, 1, least)))  # fmt: skip
+    """The dropout mask of a tile that begins at multiples of 16 and 128, for accumulators."""
+    w0, w1, w2, w3 = _words(seed, row0, column0, ROWS, COLUMNS)
+    word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     # (…, word // 2, word % 2, half): each join adds the last axis.
-    keep = tl.reshape(tl.join(low, high), [ROWS // 16, 8, COLUMNS // 128, 32, 4, 2])
-    return tl.reshape(tl.permute(keep, [0, 5, 1, 2, 4, 3]), [ROWS, COLUMNS])
+    bits = tl.join(word & 0xFFFF, word >> 16)
+    bits = tl.reshape(bits, [ROWS // 16, 8, COLUMNS // 128, 32, 4, 2])
+    return tl.reshape(tl.permute(bits, [0, 5, 1, 2, 4, 3]), [ROWS, COLUMNS]) >= least.to(tl.uint32)
+
+
+@triton.jit
+def _masked(acc, seed, row0, column0, least):
+    """One half after the other: words for all at once would not fit the registers beside them."""
+    ROWS: tl.constexpr = acc.shape[0] // 2
+    COLUMNS: tl.constexpr = acc.shape[1]
+    halves = tl.permute(tl.reshape(acc, [2, ROWS, COLUMNS]), [1, 2, 0])
+    top, bottom = tl.split(halves)
+    top = tl.where(_keep(seed, row0, column0, least, ROWS, COLUMNS), top, 0.0)
+    bottom = tl.where(_keep(seed, row0 + ROWS, column0, least, ROWS, COLUMNS), bottom, 0.0)
+    return tl.reshape(tl.permute(tl.join(top, bottom), [2, 0, 1]), [2 * ROWS, COLUMNS])
 
 
 @triton.jit
 def _tile(base, rows, columns, stride, row_end, column_end):
     mask = (rows < row_end)[:, None] & (columns < column_end)[None, :]
     return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask, other=0.0)
+
+
+@triton.jit
+def _spread(COUNT: tl.constexpr, run: tl.constexpr, apart: tl.constexpr):
+    """Runs of neighbours whose first ones are `apart`: rows or columns that share Philox calls."""
+    i = tl.arange(0, COUNT)
+    return i // run * apart + i % run
+
+
+@triton.jit
+def _dot(factor, part, total, LEFT: tl.constexpr):
+    if LEFT:
+        return tl.dot(factor, part, total, input_precision="ieee")
+    else:
+        return tl.dot(part, factor, total, input_precision="ieee")
+
+
+@triton.jit
+def _skinny(factor, part, total, compute: tl.constexpr, SPLIT: tl.constexpr, LEFT: tl.constexpr):
+    """total + factor part, or part factor unless LEFT; an fp32 factor of a bf16 matrix as three
+    bf16 parts, which are all of its bits.
+    """
+    if SPLIT:
+        high = _round(factor, tl.bfloat16)
+        factor -= high.to(tl.float32)
+        mid = _round(factor, tl.bfloat16)
+        low = _round(factor - mid.to(tl.float32), tl.bfloat16)
+        total = _dot(low.to(compute), part, total, LEFT)
+        total = _dot(mid.to(compute), part, total, LEFT)
+        factor = high
+    return _dot(factor.to(compute), part, total, LEFT)
+
+
+@triton.jit
+def _strip(
+    low,
+    high,
+    x,
+    a,
+    rows,
+    rank,
+    k,
+    word,
+    M,
+    K,
+    ranks,
+    x_stride,
+    least,
+    compute: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """One word's share of `project`: some columns of rows, and of those 8 below."""
+    factor = _tile(a, rank, k, K, ranks, K)
+    part = _tile(x, rows, k, x_stride, M, K)
+    part = tl.where(_kept(word, 0, least), part, 0.0).to(compute)
+    low = _skinny(factor, tl.trans(part), low, compute, SPLIT, True)
+    part = _tile(x, rows + 8, k, x_stride, M, K)
+    part = tl.where(_kept(word, 1, least), part, 0.0).to(compute)
+    high = _skinny(factor, tl.trans(part), high, compute, SPLIT, True)
+    return low, high
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -91,6 +203,7 @@ def project(
     scale,
     least,
     compute: tl.constexpr,
+    SPLIT: tl.constexpr,
     DROPOUT: tl.constexpr,
     R: tl.constexpr,
     TM: tl.constexpr,
@@ -98,26 +211,43 @@ def project(
 ):
     """target = scale·drop(x) aᵀ.
 
+    Under dropout a tile is read as the eight parts whose elements share Philox calls: a mask of the
+    whole tile would have to be put together in shared memory, which took as long as reading x.
+
     Args:
         x: (M, K), rows x_stride apart.
         a: (ranks, K), contiguous.
         seed, least: of the mask; see `ops.philox`.
         target: (M, ranks), contiguous, a's dtype.
         compute: what operands are multiplied in.
+        SPLIT: see `_skinny`.
     """
     row_tiles = tl.cdiv(M, TM)
     row0 = tl.program_id(0) % row_tiles * TM
     rank = tl.program_id(0) // row_tiles * R + tl.arange(0, R)
-    rows = row0 + tl.arange(0, TM)
-    total = tl.zeros([R, TM], tl.float32)
-    for k0 in range(0, K, TK):
-        k = k0 + tl.arange(0, TK)
-        factor = _tile(a, rank, k, K, ranks, K).to(compute)
-        part = _tile(x, rows, k, x_stride, M, K)
-        if DROPOUT:
-            part = tl.where(_keep(seed, row0, k0, least, TM, TK), part, 0.0)
-        total = tl.dot(factor, tl.trans(part.to(compute)), total, input_precision="ieee")
-    _store_projection(target, tl.trans(total), rows, rank, M, ranks, scale)
+    if DROPOUT:
+        rows = row0 + _spread(TM // 2, 8, 16)
+        low = tl.zeros([R, TM // 2], tl.float32)
+        high = tl.zeros([R, TM // 2], tl.float32)
+        for k0 in range(0, K, TK):
+            k = k0 + _spread(TK // 4, 32, 128)
+            words = _words(seed, row0, k0, TM, TK)
+            for i in tl.static_range(4):
+                low, high = _strip(
+                    low, high, x, a, rows, rank, k + 32 * i, words[i], M, K, ranks, x_stride,
+                    least, compute, SPLIT,
+                )  # fmt: skip
+        _store_projection(target, tl.trans(low), rows, rank, M, ranks, scale)
+        _store_projection(target, tl.trans(high), rows + 8, rank, M, ranks, scale)
+    else:
+        rows = row0 + tl.arange(0, TM)
+        total = tl.zeros([R, TM], tl.float32)
+        for k0 in range(0, K, TK):
+            k = k0 + tl.arange(0, TK)
+            factor = _tile(a, rank, k, K, ranks, K)
+            part = _tile(x, rows, k, x_stride, M, K).to(compute)
+            total = _skinny(factor, tl.trans(part), total, compute, SPLIT, True)
+        _store_projection(target, tl.trans(total), rows, rank, M, ranks, scale)
 
 
 @triton.jit
@@ -142,6 +272,7 @@ def project_both(
     block,
     scale,
     compute: tl.constexpr,
+    SPLIT: tl.constexpr,
     DS: tl.constexpr,
     DB: tl.constexpr,
     BIAS: tl.constexpr,
@@ -169,24 +300,27 @@ def project_both(
     begin = tl.multiple_of(column_block * block, TN)
     rows = row0 + tl.arange(0, TM)
     total = tl.zeros([TM, R], tl.float32)
-    known = tl.zeros([TM, R], compute)
+    known = tl.zeros([TM, R], tl.float32)
     width = trained
     if DB:
-        known = _tile(s, rows, rank, ranks, M, trained).to(compute)
+        known = _tile(s, rows, rank, ranks, M, trained)
     if BIAS:
         width += 1
-        known = tl.where((rank == trained)[None, :], 1.0, known).to(compute)
+        known = tl.where((rank == trained)[None, :], 1.0, known.to(tl.float32))
     for column0 in range(begin, tl.minimum(begin + block, N), TN):
         columns = column0 + tl.arange(0, TN)
         part = _tile(dy, rows, columns, dy_stride, M, N).to(compute)
         if DS:
-            factor = _tile(b, columns, rank, ranks, N, ranks).to(compute)
-            total = tl.dot(part, factor, total, input_precision="ieee")
+            factor = _tile(b, columns, rank, ranks, N, ranks)
+            total = _skinny(factor, part, total, compute, SPLIT, False)
         if DB or BIAS:
             if FLAT:
-                product = tl.dot(tl.trans(known), part, input_precision="ieee")
+                product = tl.zeros([R, TN], tl.float32)
+                product = _skinny(tl.trans(known), part, product, compute, SPLIT and DB, True)
             else:
-                product = tl.trans(tl.dot(tl.trans(part), known, input_precision="ieee"))
+                product = tl.zeros([TN, R], tl.float32)
+                product = _skinny(known, tl.trans(part), product, compute, SPLIT and DB, False)
+                product = tl.trans(product)
             place = db + (row_block * width + rank).to(tl.int64)[:, None] * N
             inside = (columns < N)[None, :] & (rank < width)[:, None]
             tl.store(place + columns[None, :], product, mask=inside)
@@ -222,6 +356,7 @@ def project_columns(
     block,
     least,
     compute: tl.constexpr,
+    SPLIT: tl.constexpr,
     PARTIALS: tl.constexpr,
     DROPOUT: tl.constexpr,
     R: tl.constexpr,
@@ -244,16 +379,60 @@ def project_columns(
     begin = row_block * block
     end = tl.minimum(begin + block, M)
     own = da + (row_block * trained + rank).to(tl.int64)[:, None] * K
-    k = column0 + tl.arange(0, TK)
-    total = tl.zeros([R, TK], tl.float32)
-    for row0 in range(begin, end, TM):
-        rows = row0 + tl.arange(0, TM)
-        left = _projected(ds, rows, rank, M, ranks, trained, PARTIALS).to(compute)
-        part = _tile(x, rows, k, x_stride, end, K)
-        if DROPOUT:
-            part = tl.where(_keep(seed, row0, column0, least, TM, TK), part, 0.0)
-        total = tl.dot(tl.trans(left), part.to(compute), total, input_precision="ieee")
-    tl.store(own + k[None, :], total, mask=(rank < trained)[:, None] & (k < K)[None, :])
+    inside = (rank < trained)[:, None]
+    if DROPOUT:
+        k = column0 + _spread(TK // 4, 32, 128)
+        total0 = tl.zeros([R, TK // 4], tl.float32)
+        total1, total2, total3 = total0, total0, total0
+        for row0 in range(begin, end, TM):
+            rows = row0 + _spread(TM // 2, 8, 16)
+            w0, w1, w2, w3 = _words(seed, row0, column0, TM, TK)
+            for half in tl.static_range(2):
+                below = rows + 8 * half
+                left = tl.trans(_projected(ds, below, rank, M, ranks, trained, PARTIALS))
+                total0 = _dropped(total0, left, x, below, k, w0, half, end, K, x_stride, least,
+                                  compute, SPLIT)  # fmt: skip
+                total1 = _dropped(total1, left, x, below, k + 32, w1, half, end, K, x_stride, least,
+                                  compute, SPLIT)  # fmt: skip
+                total2 = _dropped(total2, left, x, below, k + 64, w2, half, end, K, x_stride, least,
+                                  compute, SPLIT)  # fmt: skip
+                total3 = _dropped(total3, left, x, below, k + 96, w3, half, end, K, x_stride, least,
+                                  compute, SPLIT)  # fmt: skip
+        tl.store(own + k[None, :], total0, mask=inside & (k < K)[None, :])
+        tl.store(own + k[None, :] + 32, total1, mask=inside & (k + 32 < K)[None, :])
+        tl.store(own + k[None, :] + 64, total2, mask=inside & (k + 64 < K)[None, :])
+        tl.store(own + k[None, :] + 96, total3, mask=inside & (k + 96 < K)[None, :])
+    else:
+        k = column0 + tl.arange(0, TK)
+        total = tl.zeros([R, TK], tl.float32)
+        for row0 in range(begin, end, TM):
+            rows = row0 + tl.arange(0, TM)
+            left = tl.trans(_projected(ds, rows, rank, M, ranks, trained, PARTIALS))
+            part = _tile(x, rows, k, x_stride, end, K).to(compute)
+            total = _skinny(left, part, total, compute, SPLIT, True)
+        tl.store(own + k[None, :], total, mask=inside & (k < K)[None, :])
+
+
+@triton.jit
+def _dropped(
+    total,
+    left,
+    x,
+    rows,
+    k,
+    word,
+    half: tl.constexpr,
+    end,
+    K,
+    x_stride,
+    least,
+    compute: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """total + left drop(x) of the elements that one half of a word decides."""
+    part = _tile(x, rows, k, x_stride, end, K)
+    part = tl.where(_kept(word, half, least), part, 0.0).to(compute)
+    return _skinny(left, part, total, compute, SPLIT, True)
 
 
 @triton.jit
@@ -319,10 +498,7 @@ def adapted_matmul(
     TM: tl.constexpr,
     TN: tl.constexpr,
     TK: tl.constexpr,
-    GROUP: tl.constexpr,
     EARLY: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    SPLIT_STORE: tl.constexpr,
 ):
     """y = x r + drop(Σ left · right) + bias, both products in the same accumulators.
 
@@ -338,12 +514,14 @@ def adapted_matmul(
         low: what the low-rank operands are multiplied in.
         HALVES: ranks = 2·trained, and the second half has the negatives of what the first half
             started from.
-        GROUP: tiles of rows that share the columns' operand while it is in the L2.
+        EARLY: the low-rank operands, of R ranks, are loaded before the frozen product.
     """
+    # Tiles of rows that share the columns' operand while it is in the L2.
+    GROUP: tl.constexpr = 8
     row_tiles = tl.cdiv(M, TM)
     column_tiles = tl.cdiv(N, TN)
     tiles = row_tiles * column_tiles
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first = tile // (GROUP * column_tiles) * GROUP
         group = tl.minimum(row_tiles - first, GROUP)
         row0 = (first + tile % group) * TM
@@ -369,7 +547,7 @@ def adapted_matmul(
                     start = _low_rank(some, other, start, low, SPLIT)
                 acc += start
             if DROPOUT:
-                acc = tl.where(_keep(seed, row0, column0, least, TM, TN), acc, 0.0)
+                acc = _masked(acc, seed, row0, column0, least)
         elif EARLY:
             rank = tl.arange(0, R)
             some = _projected(left, rows, rank, M, ranks, ranks, PARTIALS)
@@ -396,12 +574,7 @@ def adapted_matmul(
                 acc = _low_rank(some, other, acc, low, SPLIT)
         if BIAS:
             acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        if TMA and SPLIT_STORE:
-            half = tl.permute(tl.reshape(acc, [TM, 2, TN // 2]), [0, 2, 1])
-            left_half, right_half = tl.split(half)
-            y.store([row0, column0], _round(left_half, y.dtype))
-            y.store([row0, column0 + TN // 2], _round(right_half, y.dtype))
-        elif TMA:
+        if TMA:
             y.store([row0, column0], _round(acc, y.dtype))
         else:
             place = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
@@ -477,20 +650,13 @@ def _sum(partials, count, ranks, size, rank, columns):
 
 @dataclass(frozen=True)
 class Matmul:
-    """A tile of `adapted_matmul`, rows × columns × depth, and how its programs are run."""
+    """A tile of `adapted_matmul`: rows × columns × depth."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    group: int = 8
-    """Tiles of rows that share an operand while it is in the L2."""
-    blocks: int = 1
-    """Programs for each SM."""
-    early: bool = True
-    flatten: bool = False
-    split_store: bool = False
 
     def options(self) -> dict[str, int]:
         """How the kernel is compiled and launched."""
@@ -499,11 +665,10 @@ class Matmul:
     def blocks_of(self, transposed: bool) -> tuple[list[int], list[int], list[int]]:
         """What TMA moves at a time of x, r and y."""
         frozen = [self.depth, self.columns]
-        stored = self.columns // 2 if self.split_store else self.columns
         return (
             [self.rows, self.depth],
             frozen[::-1] if transposed else frozen,
-            [self.rows, stored],
+            [self.rows, self.columns],
         )
 
 
@@ -517,50 +682,78 @@ class Schedule:
     columns: Tile
 
 
+@cache
 def schedule(
     rows: int,
     ranks: int,
     dtypes: tuple[torch.dtype, torch.dtype],
-    first: bool,
+    dropout: bool,
+    halves: bool,
     tma: bool,
     capability: tuple[int, int],
 ) -> Schedule:
     """By the rows' order of magnitude, the dtypes and the GPU alone: nothing is timed at run time.
 
     Args:
-        rows: M.
+        rows: M, or any number of the same class; see `magnitude`.
         ranks: of all factors, trained or not.
         dtypes: of x and of A.
-        first: the low-rank product comes first, see `adapted_matmul`.
+        dropout: the masks of S, dX and dA are made.
+        halves: the start has to cancel, see `adapted_matmul`.
         tma: all operands of the frozen product can be read by TMA.
     """
     if dtypes[0] == torch.float32:
         matmul = _MATMUL_FP32
     else:
-        matmul = _MATMUL.get(capability if tma else None, _MATMUL_SAFE)[first]
+        kinds = _MATMUL.get(capability, _MATMUL_SAFE) if tma else _MATMUL_SAFE
+        matmul = kinds[halves]
     if torch.float32 in dtypes:
-        return Schedule(matmul, **_SKINNY_FP32)
-    # As many programs as there are SMs from 2,048 rows on.
-    height = next((n for n in (64, 32) if rows >= 100 * n), 16)
-    project = Tile(max(height, 32), 128, 8, 4)
-    columns = Tile(64 if ranks <= 32 else 32, 256, 8, 3)
-    return Schedule(matmul, project, Tile(4 * height, 64, 8, 3), columns)
+        return Schedule(matmul, **(_SKINNY_SPLIT if _split_factors(dtypes) else _SKINNY_FP32))
+    size, wide = magnitude(rows), padded(ranks)
+    project = Tile(16, 256, 4, 4)
+    if size == _ROWS[-1]:
+        project = Tile(64, 128, 4, 3) if dropout else Tile(64, 256, 4, 3)
+    if wide > 16:
+        project = Tile(project.rows, 128, 8, 3)
+    both = _BOTH.get(capability, _BOTH_SAFE)[size]
+    return Schedule(matmul, project, both, _COLUMNS[dropout][wide])
 
 
-# Without and with the low-rank product first. None has been timed yet.
-_MATMUL: dict[object, tuple[Matmul, Matmul]] = {
-    (9, 0): (
-        Matmul(128, 256, 64, 8, 3, split_store=True),
-        Matmul(128, 128, 64, 8, 3, blocks=2, split_store=True),
-    ),
+_ROWS = (2048, 4096, 8192)
+
+
+def magnitude(rows: int) -> int:
+    """The class of a number of rows, by one of its members: as many programs as an H100 has SMs."""
+    return next((size for size in _ROWS[:-1] if rows < 1.5 * size), _ROWS[-1])
+
+
+# Timed on an H200 by `benchmarks.bench_lora_linear --tune` at r = 16: not the second matmul of a
+# pair, for where a start has to cancel, which takes twice the accumulators; nor `project` and
+# `_COLUMNS` under dropout, nor other dtypes and GPUs.
+_MATMUL: dict[tuple[int, int], tuple[Matmul, Matmul]] = {
+    (9, 0): (Matmul(128, 256, 64, 8, 3), Matmul(128, 128, 64, 8, 3)),
     (10, 0): (Matmul(128, 128, 64, 8, 3), Matmul(128, 128, 64, 8, 3)),
 }
 _MATMUL_SAFE = (Matmul(128, 128, 32, 8, 3), Matmul(128, 128, 32, 8, 3))
 _MATMUL_FP32 = Matmul(64, 128, 16, 8, 2)
+_BOTH = {
+    (9, 0): {2048: Tile(64, 64, 4, 6), 4096: Tile(128, 64, 4, 5), 8192: Tile(256, 64, 8, 4)},
+}
+_BOTH_SAFE = {2048: Tile(64, 64, 4, 3), 4096: Tile(128, 64, 8, 3), 8192: Tile(128, 64, 8, 3)}
+_COLUMNS = {
+    False: {16: Tile(64, 256, 4, 3), 32: Tile(64, 256, 8, 3), 64: Tile(32, 256, 8, 3)},
+    True: {16: Tile(64, 128, 4, 3), 32: Tile(32, 256, 8, 3), 64: Tile(64, 128, 8, 3)},
+}
+# Of a bf16 x with fp32 factors.
+_SKINNY_SPLIT = {
+    "project": Tile(16, 128, 4, 3, maxnreg=255),
+    "both": Tile(64, 64, 4, 3),
+    "columns": Tile(32, 128, 8, 3),
+}
 _SKINNY_FP32 = {
-    "project": Tile(16, 128, 8, 2),
-    "both": Tile(32, 64, 8, 2),
-    "columns": Tile(32, 128, 8, 2),
+    "project": Tile(16, 128, 8, 1, maxnreg=255),
+    "both": Tile(32, 64, 8, 2, maxnreg=255),
+    "columns": Tile(32, 128, 8, 2, maxnreg=255),
 }
 
 
@@ -589,7 +782,7 @@ def forward(
     y = common.scratch(M * N, x.dtype, x.device).view(M, N)
     S = common.scratch(M * ranks, A.dtype, x.device).view(M, ranks)
     if M:
-        plan, tma = _schedule((x, R, y), A, first=ranks > trained)
+        plan, tma = _schedule((x, R, y), A, seed is not None, ranks > trained)
         scale = scaling / keep_rate(dropout_p)
         _project(x, A.contiguous(), S, seed, dropout_p, scale, plan.project)
         b = B.contiguous()
@@ -629,8 +822,8 @@ def backward(
             if gradient is not None:
                 gradient.zero_()
         return dx, dA, dB, dbias
-    first = seed is not None or ranks > trained
-    plan, tma = _schedule((dy, R, dy if dx is None else dx), A, first)
+    operands = (dy, R, dy if dx is None else dx)
+    plan, tma = _schedule(operands, A, seed is not None, ranks > trained)
     scale = scaling / keep_rate(dropout_p)
     need_dS = need_x or need_A
     dS, b_partials = _project_both(
@@ -654,14 +847,15 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _schedule(
-    operands: tuple[Tensor, Tensor, Tensor], A: Tensor, first: bool
+    operands: tuple[Tensor, Tensor, Tensor], A: Tensor, dropout: bool, halves: bool
 ) -> tuple[Schedule, bool]:
     """For x, R and y, and whether TMA moves them."""
     x = operands[0]
     capability = common.capability_of(x.device)
     tma = capability >= (9, 0) and TensorDescriptor is not None
     tma = tma and all(_describable(tensor) for tensor in operands)
-    return schedule(x.shape[0], len(A), (x.dtype, A.dtype), first, tma, capability), tma
+    dtypes, rows = (x.dtype, A.dtype), magnitude(x.shape[0])
+    return schedule(rows, len(A), dtypes, dropout, halves, tma, capability), tma
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -680,7 +874,7 @@ def _project(
 ) -> None:
     (M, K), ranks = x.shape, A.shape[0]
     constants = project_constants((x.dtype, A.dtype), ranks, seed is not None, tile)
-    programs = triton.cdiv(M, tile.rows) * triton.cdiv(ranks, padded(ranks))
+    programs = triton.cdiv(M, tile.rows) * triton.cdiv(ranks, constants["R"])
     least = threshold(dropout_p)
     common.launch(
         project,
@@ -705,7 +899,7 @@ def _project_both(
     (M, N), ranks = dy.shape, B.shape[1]
     width = (trained if S is not None else 0) + bias
     row_blocks = triton.cdiv(M, tile.rows)
-    column_blocks = _split(N, tile.columns, min(8, triton.cdiv(_SMS, row_blocks)))
+    column_blocks = _split(N, tile.columns, min(PARTIALS, triton.cdiv(_SMS, row_blocks)))
     block = triton.cdiv(triton.cdiv(N, column_blocks), tile.columns) * tile.columns
     dS = common.scratch(column_blocks * M * ranks * need_dS, B.dtype, dy.device)
     partials = common.scratch(row_blocks * width * N, torch.float32, dy.device)
@@ -713,7 +907,7 @@ def _project_both(
     flags = (need_dS, S is not None, bias)
     capability = common.capability_of(dy.device)
     constants = both_constants((dy.dtype, B.dtype), widest, flags, tile, capability)
-    chunks = triton.cdiv(widest, padded(widest))
+    chunks = triton.cdiv(widest, constants["R"])
     common.launch(
         project_both,
         row_blocks * column_blocks * chunks,
@@ -735,7 +929,7 @@ def _project_columns(
     block = triton.cdiv(triton.cdiv(M, row_blocks), tile.rows) * tile.rows
     found = common.scratch(row_blocks * trained * K, torch.float32, x.device)
     constants = columns_constants((x.dtype, dS.dtype), trained, seed is not None, partials, tile)
-    chunks = triton.cdiv(trained, padded(trained))
+    chunks = triton.cdiv(trained, constants["R"])
     least = threshold(dropout_p)
     common.launch(
         project_columns,
@@ -789,7 +983,7 @@ def _matmul(
     sizes = (M, N, K, ranks, trained, x.stride(0), R.stride(0))
     common.launch(
         adapted_matmul,
-        min(tiles, tile.blocks * sms(x.device)),
+        min(tiles, sms(x.device)),
         *(*operands, left, right, bias, seed, *sizes, threshold(dropout_p)),
         **constants,
         **tile.options(),
@@ -827,16 +1021,28 @@ def sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def padded(ranks: int) -> int:
-    """Ranks of a tile; what is beyond 64 takes several."""
-    return 16 if ranks <= 16 else 32 if ranks <= 32 else 64
+def padded(ranks: int, dtypes: Sequence[torch.dtype] = ()) -> int:
+    """Ranks of a tile; what is beyond takes several. 64 of them that are multiplied one by one, as
+    fp32, do not fit the registers.
+    """
+    most = 32 if torch.float32 in dtypes and not _split_factors(dtypes) else 64
+    return 16 if ranks <= 16 else min(most, 32 if ranks <= 32 else 64)
 
 
 def _compute(*dtypes: torch.dtype) -> object:
     """What operands are multiplied in: the interpreter's bf16 dot is wrong, its fp32 one right."""
+    if _split_factors(dtypes) and not common.INTERPRETED:
+        return tl.bfloat16
     if torch.float32 in dtypes or (common.INTERPRETED and torch.bfloat16 in dtypes):
         return tl.float32
     return common.TRITON_DTYPES[dtypes[0]]
+
+
+def _split_factors(dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether fp32 factors of a matrix are multiplied as bf16 parts: where it is bf16. An fp16 one
+    would have to be cut in two as well, and its factors' parts would need bf16's range.
+    """
+    return tuple(dtypes) == (torch.bfloat16, torch.float32)
 
 
 def project_constants(
@@ -845,8 +1051,9 @@ def project_constants(
     """The constexpr arguments of `project`."""
     return {
         "compute": _compute(*dtypes),
+        "SPLIT": _split_factors(dtypes),
         "DROPOUT": dropout,
-        "R": padded(ranks),
+        "R": padded(ranks, dtypes),
         "TM": tile.rows,
         "TK": tile.columns,
     }
@@ -860,11 +1067,13 @@ def both_constants(
     capability: tuple[int, int],
 ) -> dict[str, object]:
     """The constexpr arguments of `project_both`; flags: dS, dB and dbias are asked for."""
+    flat = capability not in _MATMUL
     return {
         "compute": _compute(*dtypes),
+        "SPLIT": _split_factors(dtypes),
         **dict(zip(("DS", "DB", "BIAS"), flags, strict=True)),
-        "FLAT": capability not in _MATMUL,
-        "R": padded(widest),
+        "FLAT": flat,
+        "R": min(padded(widest, dtypes), 32 if flat else 64),
         "TM": tile.rows,
         "TN": tile.columns,
     }
@@ -876,9 +1085,10 @@ def columns_constants(
     """The constexpr arguments of `project_columns`."""
     return {
         "compute": _compute(*dtypes),
+        "SPLIT": _split_factors(dtypes),
         "PARTIALS": partials,
         "DROPOUT": dropout,
-        "R": padded(ranks),
+        "R": padded(ranks, dtypes),
         "TM": tile.rows,
         "TK": tile.columns,
     }
@@ -909,14 +1119,11 @@ def matmul_constants(
         "PARTIALS": partials,
         "TMA": tma,
         # A thread has no room for more beside its accumulators, or for as many beside addresses.
-        "R": min(padded(trained), 32 if tma else 16),
+        "R": min(padded(trained), 16 if torch.float32 in dtypes or not tma else 32),
         "TM": tile.rows,
         "TN": tile.columns,
         "TK": tile.depth,
-        "GROUP": tile.group,
-        "EARLY": tile.early and total <= 16,
-        "FLATTEN": tile.flatten,
-        "SPLIT_STORE": tile.split_store,
+        "EARLY": total <= 16 and dtypes[0] != torch.float32,
     }
 
 

@@ -1,0 +1,272 @@
+"""The Triton `lora_linear`: its kernels against fp64, their masks against `ops.philox`.
+
+The functions called case_* run kernels. pytest does not collect them by that name here: one test
+runs them in a process of its own under the interpreter (a process that interprets can compile
+nothing), another one on a GPU.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_init.ops.philox import keep_mask, keep_rate
+from lora_init.testing import assert_accurate, gaussian
+
+pytest.importorskip("triton")
+from lora_init.triton_kernels import common, lora_linear
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Of x and of A: PEFT keeps adapters in fp32 beside a base of 16 bits.
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
+SCALING = 1.5
+LABELS = ("y", "dx", "dA", "dB", "dbias")
+
+
+def run_cases(**environment: str) -> None:
+    """This file's case_* in a new process."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "TRITON_INTERPRET")}
+    options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "python_functions=case_*"]
+    command = [sys.executable, "-m", "pytest", __file__, *options]
+    done = subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_under_the_interpreter() -> None:
+    run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.gpu
+def test_kernels_on_the_gpu() -> None:
+    run_cases()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All memory that kernels are given to write starts as NaN."""
+    scratch = common.scratch
+    monkeypatch.setattr(common, "scratch", lambda *args: scratch(*args).fill_(float("nan")))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched so far."""
+    names: list[str] = []
+    launch = common.launch
+
+    def counted(kernel: object, *args: object, **options: object) -> None:
+        names.append(kernel.__name__)  # type: ignore[attr-defined]
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(common, "launch", counted)
+    return names
+
+
+class Call:
+    """Operands of sizes M, out, in and r, and what the kernels and torch make of them."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        p: float = 0.0,
+        bias: bool = False,
+        start: bool = False,
+    ) -> None:
+        (M, out, columns, r), (dtype, low) = sizes, dtypes
+
+        def draw(rows: int, columns: int, std: float, seed: int, dtype: torch.dtype) -> Tensor:
+            return (gaussian(rows, columns, seed=seed) * (std / 0.05)).to(DEVICE, dtype)
+
+        self.x, self.dy = draw(M, columns, 1, 1, dtype), draw(M, out, 1, 2, dtype)
+        self.R = draw(out, columns, columns**-0.5, 3, dtype)
+        self.A, self.B = draw(r, columns, columns**-0.5, 4, low), draw(out, r, 0.5, 5, low)
+        self.bias = draw(1, out, 1, 6, dtype)[0] if bias else None
+        self.p, self.trained, self.M = p, r, M
+        self.seed = torch.tensor([(7 << 40) + 9], device=DEVICE) if p else None
+        if start:
+            self.A = torch.cat([self.A, draw(r, columns, columns**-0.5, 7, low)])
+            self.B = torch.cat([self.B, draw(out, r, 0.5, 8, low)], dim=1)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        options = (self.seed, SCALING, self.p, self.trained)
+        return lora_linear.forward(self.x, self.R, self.A, self.B, self.bias, *options)
+
+    def backward(self, S: Tensor | None, mask: list[bool] | None = None) -> list[Tensor | None]:
+        asked = mask or [True, True, True, self.bias is not None]
+        options = (self.seed, SCALING, self.p, self.trained, asked)
+        return list(lora_linear.backward(self.dy, self.x, self.R, self.A, self.B, S, *options))
+
+    def run(self) -> list[Tensor]:
+        """y, dx, dA, dB and, if there is a bias, dbias."""
+        y, S = self.forward()
+        return [y, *(g for g in self.backward(S) if g is not None)]
+
+    def expression(self, wide: torch.dtype | None = None) -> list[Tensor]:
+        """The same by torch, in the operands' dtypes or in a wide one."""
+        base, low = wide or self.x.dtype, wide or self.A.dtype
+        x, R, dy = (t.to(base) for t in (self.x, self.R, self.dy))
+        A, B = self.A.to(low), self.B.to(low)
+        dropped, scale = x.to(low), SCALING / keep_rate(self.p)
+        keep = torch.ones_like(x, dtype=torch.bool)
+        if self.seed is not None:
+            keep = keep_mask(self.seed, *x.shape, self.p)
+            dropped = dropped.masked_fill(~keep, 0)
+        S, dS = dropped @ A.T * scale, dy.to(low) @ B * scale
+        y, dx = x @ R.T + (S @ B.T), dy @ R + (dS @ A).masked_fill(~keep, 0)
+        gradients = [dx.to(base), (dS.T @ dropped)[: self.trained]]
+        gradients.append((dy.to(low).T @ S)[:, : self.trained])
+        if self.bias is not None:
+            y, gradients = y + self.bias.to(base), [*gradients, dy.sum(0)]
+        return [y.to(base), *gradients]
+
+    def check(self, label: str = "") -> None:
+        found, same, exact = self.run(), self.expression(), self.expression(torch.float64)
+        for name, *each in zip(LABELS, found, same, exact, strict=False):
+            got, expression, truth = each
+            assert got.dtype == expression.dtype
+            assert_accurate(got, truth.cpu().numpy(), expression, label=f"{label} {name}")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"p": 0.3, "bias": True}, {"start": True}, {"p": 0.1, "start": True, "bias": True}],
+    ids=["plain", "dropout, bias", "start", "dropout, start, bias"],
+)
+def case_as_accurate_as_torch(dtypes: tuple[torch.dtype, torch.dtype], options: dict) -> None:
+    # No multiple of a tile, and one of which TMA can read all.
+    for sizes in ((70, 150, 201, 3), (40, 64, 272, 16)):
+        Call(sizes, dtypes, **options).check(str(sizes))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (5, 1, 7, 1), (3, 40, 300, 33), (40, 70, 90, 70)], ids=str
+)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def case_odd_sizes(sizes: tuple[int, int, int, int], p: float) -> None:
+    Call(sizes, DTYPES[0], p, bias=True).check()
+    Call(sizes, DTYPES[2], p, bias=True, start=True).check()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:4], ids=str)
+def case_tiles_of_other_gpus(
+    dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not INTERPRETED:
+        pytest.skip("a GPU has its own")
+    monkeypatch.setattr(common, "capability_of", lambda device: (8, 0))
+    for options in ({}, {"p": 0.2, "bias": True, "start": True}):
+        Call((70, 96, 201, 5), dtypes, **options).check()
+
+
+@pytest.mark.parametrize("rows", [6200, 3100])
+def case_tiles_of_many_rows(rows: int) -> None:
+    if INTERPRETED:
+        rows = 300
+        tall = lora_linear._ROWS[-1]
+        magnitude, lora_linear.magnitude = lora_linear.magnitude, lambda rows: tall
+    try:
+        for p in (0.0, 0.3):
+            Call((rows, 40, 300, 4), DTYPES[2], p).check()
+    finally:
+        if INTERPRETED:
+            lora_linear.magnitude = magnitude
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def case_one_mask_in_forward_dx_and_da(dtype: torch.dtype) -> None:
+    n, p = 136, 0.4  # beyond one period of the mask's counters
+    one = Call((n, n, n, n), (dtype, dtype), p)
+    eye = torch.eye(n, dtype=dtype, device=DEVICE)
+    one.R, one.A, one.B = torch.zeros_like(eye), eye, eye
+    one.x, one.dy = torch.ones_like(eye), torch.ones_like(eye)
+    keep = keep_mask(one.seed, n, n, p)
+    y, S = one.forward()
+    assert torch.equal(y != 0, keep)
+    dx = one.backward(S)[0]
+    assert torch.equal(dx != 0, keep)
+    one.dy = eye
+    dA = one.backward(S)[1]
+    assert torch.equal(dA != 0, keep)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def case_few_launches(p: float, launches: list[str]) -> None:
+    one = Call((40, 70, 90, 4), DTYPES[0], p, bias=True)
+    _, S = one.forward()
+    assert launches == ["project", "adapted_matmul"]
+    launches.clear()
+    one.backward(S)
+    assert launches == ["project_both", "project_columns", "adapted_matmul", "sum_gradients"]
+
+
+@pytest.mark.parametrize("asked", (1, 2, 4, 5, 8, 10, 14))
+def case_only_what_is_asked_for(asked: int, launches: list[str]) -> None:
+    one = Call((20, 30, 40, 3), DTYPES[0], bias=True)
+    _, S = one.forward()
+    whole = one.backward(S)
+    mask = [bool(asked >> i & 1) for i in range(4)]
+    launches.clear()
+    some = one.backward(S if mask[2] else None, mask)
+    for wanted, got, expected in zip(mask, some, whole, strict=True):
+        assert (got is not None) == wanted
+        assert got is None or torch.equal(got, expected)
+    assert ("adapted_matmul" in launches) == mask[0]
+    assert ("project_columns" in launches) == mask[1]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def case_same_bits_again(p: float) -> None:
+    one = Call((150, 64, 272, 4), DTYPES[2], p, bias=True)
+    for first, second in zip(one.run(), one.run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def case_a_start_adds_nothing(dtypes: tuple[torch.dtype, torch.dtype], p: float) -> None:
+    one = Call((33, 64, 272, 8), dtypes, p, start=True)
+    one.A = torch.cat([one.A[:8], one.A[:8]])
+    one.B = torch.cat([one.B[:, :8], -one.B[:, :8]], dim=1)
+    y, S = one.forward()
+    dx = one.backward(S)[0]
+    one.B = torch.zeros_like(one.B)
+    frozen, S = one.forward()
+    for got, expected in ((y, frozen), (dx, one.backward(S)[0])):
+        if INTERPRETED and torch.float32 in dtypes:
+            # numpy's product of equal fp32 rows need not be equal: it depends on where they are.
+            torch.testing.assert_close(got, expected)
+        else:
+            assert torch.equal(got, expected)
+
+
+def case_no_rows() -> None:
+    one = Call((0, 30, 40, 3), DTYPES[0], bias=True)
+    y, *gradients = one.run()
+    assert y.shape == (0, 30)
+    assert gradients[0].shape == (0, 40)
+    assert all(bool((g == 0).all()) for g in gradients[1:])
+
+
+def case_any_strides() -> None:
+    one = Call((33, 40, 64, 3), DTYPES[2], 0.3, bias=True)
+    expected = one.run()
+    one.x = torch.cat([one.x, one.x], 1)[:, :64]
+    one.dy = one.dy.T.contiguous().T
+    one.R = torch.stack([one.R, one.R], -1)[..., 1]
+    one.A, one.B = one.A.T.contiguous().T, one.B.T.contiguous().T
+    for got, wanted in zip(one.run(), expected, strict=True):
+        assert_accurate(got, wanted.double().cpu().numpy(), wanted)
+    one.dy = one.dy[:1].expand(33, 40)
+    one.check()

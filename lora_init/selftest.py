@@ -15,11 +15,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_init.backends import Backend, available, backend, distrust
+from lora_init.backends import Backend, available, backend, distrust, reference
 from lora_init.cache import default_directory, write_atomically
 from lora_init.distributed import Ranks
 from lora_init.ops.descend import DescentState, Optimizer, descend
@@ -37,6 +39,8 @@ _ERROR = 3e-5
 _STEPS = 20
 # Beside the awkward shapes one that kernels cut into several blocks, whose partials they add up.
 _CASES = (*SHAPES.values(), (600, 1100, 16))
+# (rows, out, in, r) of `lora_linear`: no multiple of a tile, and several tiles that TMA can read.
+_CALLS = ((70, 150, 201, 3), (300, 264, 520, 16))
 _verdicts: dict[tuple[str, torch.device], Verdict] = {}
 
 
@@ -168,6 +172,43 @@ def _problem(
     return group, DescentState.start(A, B, optimizer)
 
 
+def _test_lora_linear(one: Backend, device: torch.device) -> str | None:
+    dtypes = [*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float32)]
+    for (dtype, low), sizes, p in product(dtypes, _CALLS, (0.0, 0.25)):
+        operands = _call(sizes, dtype, low, device)
+        if one.why_unsupported("lora_linear", *operands[:4]) is None:
+            got, twin = (_differentiated(one, operands, p) for _ in range(2))
+            exact = _differentiated(reference, _wide(operands), p)
+            if wrong := _compared([operands[0]] * len(got), got, exact, twin):
+                return wrong
+    return None
+
+
+def _call(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, low: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """x, R, A, B, bias, dy."""
+    rows, out_features, in_features, r = sizes
+    drawn = [
+        gaussian(rows, in_features, dtype, 1),
+        gaussian(out_features, in_features, dtype, 2),
+        gaussian(r, in_features, low, 3),
+        gaussian(out_features, r, low, 4),
+        gaussian(1, out_features, dtype, 5)[0],
+        gaussian(rows, out_features, dtype, 6),
+    ]
+    return [tensor.to(device) for tensor in drawn]
+
+
+def _differentiated(one: Any, operands: Sequence[Tensor], p: float) -> list[Tensor]:
+    """y, dx, dA, dB and dbias by a backend's own functions."""
+    x, R, A, B, bias, dy = operands
+    seed = torch.tensor([2024], device=x.device) if p else None
+    options = (seed, 4.0, p, A.shape[0])
+    y, S = one.lora_linear_forward(x, R, A, B, bias, *options)
+    return [y, *one.lora_linear_backward(dy, x, R, A, B, S, *options, [True] * 4)]
+
+
 def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.cpu().double() for tensor in tensors]
 
@@ -178,7 +219,8 @@ def _compared(
     for W, a, truth, b in zip(group, got, exact, twin, strict=True):
         case = f"{tuple(W.shape)} {str(W.dtype).removeprefix('torch.')}"
         error = float((a.cpu().double() - truth).norm() / truth.norm())
-        if not error <= _ERROR:
+        # What is stored in 16 bits was rounded, once or twice.
+        if not error <= (torch.finfo(a.dtype).eps if a.dtype.itemsize == 2 else _ERROR):
             return f"{case}: error {error:.1e} against fp64"
         if not torch.equal(a, b):
             return f"{case}: other bits the second time"
@@ -188,4 +230,5 @@ def _compared(
 _TESTS: dict[str, Callable[[Backend, torch.device], str | None]] = {
     "dual_project": _test_dual_project,
     "descend": _test_descend,
+    "lora_linear": _test_lora_linear,
 }

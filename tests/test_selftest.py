@@ -23,6 +23,7 @@ EYE = torch.eye(3)
 CALLS = {
     "dual_project": ([EYE], [EYE], [EYE], "full"),
     "descend": ([EYE], DescentState.start([EYE], [EYE], Optimizer()), 1),
+    "lora_linear": (EYE, EYE, EYE, EYE),
 }
 # The reference's arithmetic under another name, so that the test decides what is broken in it.
 KERNELS = """
@@ -36,7 +37,7 @@ def fingerprint():
     return "1"
 
 def why_unsupported(op, *args):
-    return None if op in ("dual_project", "descend") else "has no such kernel"
+    return None if op in ("dual_project", "descend", "lora_linear") else "has no such kernel"
 
 def dual_project(*args):
     calls.append("dual_project")
@@ -46,6 +47,17 @@ def descend(group, state, steps):
     calls.append("descend")
     reference.descend(group, state, steps)
     broken.get("descend", lambda result: result)(state.params)
+
+def lora_linear_forward(*args):
+    calls.append("lora_linear")
+    return broken.get("lora_linear_forward", lambda result: result)(
+        reference.lora_linear_forward(*args)
+    )
+
+def lora_linear_backward(*args):
+    return broken.get("lora_linear_backward", lambda result: result)(
+        reference.lora_linear_backward(*args)
+    )
 """
 
 
@@ -92,6 +104,10 @@ BROKEN = {
     ),
     "raises": ("dual_project", lambda pairs: 1 / 0),
     "parameters": ("descend", lambda params: params[-1].mul_(1.001)),
+    "a wrong y": ("lora_linear_forward", lambda result: (result[0] * 1.01, result[1])),
+    "a wrong S": ("lora_linear_forward", lambda result: (result[0], result[1] * 1.01)),
+    "a wrong dx": ("lora_linear_backward", lambda result: (result[0].roll(1, 0), *result[1:])),
+    "a wrong dbias": ("lora_linear_backward", lambda result: (*result[:3], 1.01 * result[3])),
 }
 
 
@@ -105,9 +121,10 @@ def test_a_broken_kernel_is_named_and_refused_and_the_rest_is_not(
     kernels: object, op: str, damage: object
 ) -> None:
     kernels.broken[op] = damage
+    op = "lora_linear" if op.startswith("lora_linear") else op
     (message,) = ensure()
     assert message.startswith(f"kernels's {op} is wrong and will not be used (on cpu, ")
-    other = {"dual_project": "descend", "descend": "dual_project"}[op]
+    other = "descend" if op == "dual_project" else "dual_project"
     assert select(op, *CALLS[op]).NAME != "kernels"
     assert select(other, *CALLS[other]).NAME == "kernels"
     assert "failed its self-test" in explain(op, *CALLS[op])
@@ -200,6 +217,7 @@ if BROKEN:
     common.sum_span = sum_span
 # All of it takes minutes under the interpreter.
 selftest._CASES, selftest._STEPS, selftest.DTYPES = ((600, 1100, 4),), 1, (torch.float32,)
+selftest._CALLS = ((20, 30, 40, 3),)
 torch.set_num_threads(1)
 selftest.ensure([torch.device("cpu")])
 W = torch.eye(3)
@@ -240,8 +258,8 @@ def test_explain_says_which_path_and_why(kernels: object) -> None:
         "kernels: runs descend (measured in benchmarks/results)",
     ]
     assert "unverified: in no committed result" in explain("dual_project", *CALLS["dual_project"])
-    assert "kernels: has no such kernel" in explain("lora_linear", torch.eye(3))
-    assert "reference: runs lora_linear" in explain("lora_linear", torch.eye(3))
+    assert "kernels: has no such kernel" in explain("another", torch.eye(3))
+    assert "reference: could, but comes later" in explain("lora_linear", *CALLS["lora_linear"])
     with backend("reference"):
         assert explain("descend", *CALLS["descend"]) == (
             "descend: 'reference' was asked for\nreference: runs descend"

@@ -211,7 +211,7 @@ def case_few_launches(p: float, launches: list[str]) -> None:
     assert launches == ["project_both", "project_columns", "adapted_matmul", "sum_gradients"]
 
 
-@pytest.mark.parametrize("asked", (1, 2, 4, 5, 8, 10, 14))
+@pytest.mark.parametrize("asked", [1, 2, 4, 5, 8, 10, 14])
 def case_only_what_is_asked_for(asked: int, launches: list[str]) -> None:
     one = Call((20, 30, 40, 3), DTYPES[0], bias=True)
     _, S = one.forward()

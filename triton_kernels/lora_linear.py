@@ -874,7 +874,7 @@ def _project(
 ) -> None:
     (M, K), ranks = x.shape, A.shape[0]
     constants = project_constants((x.dtype, A.dtype), ranks, seed is not None, tile)
-    programs = triton.cdiv(M, tile.rows) * triton.cdiv(ranks, constants["R"])
+    programs = _cdiv(M, tile.rows) * _cdiv(ranks, constants["R"])
     least = threshold(dropout_p)
     common.launch(
         project,
@@ -898,16 +898,16 @@ def _project_both(
     """dS (partials, M, r) in B's dtype, and fp32 (partials, trained or 0 + bias, out) of dBᵀ."""
     (M, N), ranks = dy.shape, B.shape[1]
     width = (trained if S is not None else 0) + bias
-    row_blocks = triton.cdiv(M, tile.rows)
-    column_blocks = _split(N, tile.columns, min(PARTIALS, triton.cdiv(_SMS, row_blocks)))
-    block = triton.cdiv(triton.cdiv(N, column_blocks), tile.columns) * tile.columns
+    row_blocks = _cdiv(M, tile.rows)
+    column_blocks = _split(N, tile.columns, min(PARTIALS, _cdiv(_SMS, row_blocks)))
+    block = _cdiv(_cdiv(N, column_blocks), tile.columns) * tile.columns
     dS = common.scratch(column_blocks * M * ranks * need_dS, B.dtype, dy.device)
     partials = common.scratch(row_blocks * width * N, torch.float32, dy.device)
     widest = max(ranks * need_dS, width)
     flags = (need_dS, S is not None, bias)
     capability = common.capability_of(dy.device)
     constants = both_constants((dy.dtype, B.dtype), widest, flags, tile, capability)
-    chunks = triton.cdiv(widest, constants["R"])
+    chunks = _cdiv(widest, constants["R"])
     common.launch(
         project_both,
         row_blocks * column_blocks * chunks,
@@ -924,12 +924,12 @@ def _project_columns(
 ) -> Tensor:
     """fp32 (partials, trained, in) of dA."""
     (M, K), (partials, _, ranks) = x.shape, dS.shape
-    tiles = triton.cdiv(K, tile.columns)
-    row_blocks = _split(M, tile.rows, triton.cdiv(2 * _SMS, tiles))
-    block = triton.cdiv(triton.cdiv(M, row_blocks), tile.rows) * tile.rows
+    tiles = _cdiv(K, tile.columns)
+    row_blocks = _split(M, tile.rows, _cdiv(2 * _SMS, tiles))
+    block = _cdiv(_cdiv(M, row_blocks), tile.rows) * tile.rows
     found = common.scratch(row_blocks * trained * K, torch.float32, x.device)
     constants = columns_constants((x.dtype, dS.dtype), trained, seed is not None, partials, tile)
-    chunks = triton.cdiv(trained, constants["R"])
+    chunks = _cdiv(trained, constants["R"])
     least = threshold(dropout_p)
     common.launch(
         project_columns,
@@ -941,11 +941,16 @@ def _project_columns(
     return found.view(row_blocks, trained, K)
 
 
+def _cdiv(size: int, tile: int) -> int:
+    """`triton.cdiv` takes a host 8 µs, and a backward calls it 27 times."""
+    return -(-size // tile)
+
+
 def _split(size: int, tile: int, most: int) -> int:
     """Into how many blocks of whole tiles: a power of two, none of them empty."""
     count = 1 << max(0, most.bit_length() - 1)
-    tiles = triton.cdiv(size, tile)
-    while (count - 1) * triton.cdiv(tiles, count) >= tiles:
+    tiles = _cdiv(size, tile)
+    while (count - 1) * _cdiv(tiles, count) >= tiles:
         count //= 2
     return count
 
@@ -979,7 +984,7 @@ def _matmul(
             TensorDescriptor.from_tensor(tensor, block)
             for tensor, block in zip(operands, tile.blocks_of(transposed), strict=True)
         ]
-    tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
+    tiles = _cdiv(M, tile.rows) * _cdiv(N, tile.columns)
     sizes = (M, N, K, ranks, trained, x.stride(0), R.stride(0))
     common.launch(
         adapted_matmul,
@@ -1003,10 +1008,10 @@ def _sum_gradients(
     widest = max(width, 0 if dA is None else trained)
     flags = (dA is not None, dB is not None, dbias is not None)
     constants = sum_constants(widest, flags)
-    a_programs, b_programs = triton.cdiv(K, _SPAN), triton.cdiv(N, _SPAN) if width else 0
+    a_programs, b_programs = _cdiv(K, _SPAN), _cdiv(N, _SPAN) if width else 0
     common.launch(
         sum_gradients,
-        (a_programs + b_programs) * triton.cdiv(widest, padded(widest)),
+        (a_programs + b_programs) * _cdiv(widest, padded(widest)),
         *(a_partials, b_partials, dA, dB, dbias, K, N, trained, a_count, b_count),
         *(a_programs, b_programs),
         **constants,
@@ -1021,7 +1026,7 @@ def sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def padded(ranks: int, dtypes: Sequence[torch.dtype] = ()) -> int:
+def padded(ranks: int, dtypes: tuple[torch.dtype, ...] = ()) -> int:
     """Ranks of a tile; what is beyond takes several. 64 of them that are multiplied one by one, as
     fp32, do not fit the registers.
     """
@@ -1038,13 +1043,14 @@ def _compute(*dtypes: torch.dtype) -> object:
     return common.TRITON_DTYPES[dtypes[0]]
 
 
-def _split_factors(dtypes: Sequence[torch.dtype]) -> bool:
+def _split_factors(dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether fp32 factors of a matrix are multiplied as bf16 parts: where it is bf16. An fp16 one
     would have to be cut in two as well, and its factors' parts would need bf16's range.
     """
-    return tuple(dtypes) == (torch.bfloat16, torch.float32)
+    return dtypes == (torch.bfloat16, torch.float32)
 
 
+@cache
 def project_constants(
     dtypes: tuple[torch.dtype, torch.dtype], ranks: int, dropout: bool, tile: Tile
 ) -> dict[str, object]:
@@ -1059,6 +1065,7 @@ def project_constants(
     }
 
 
+@cache
 def both_constants(
     dtypes: tuple[torch.dtype, torch.dtype],
     widest: int,
@@ -1079,6 +1086,7 @@ def both_constants(
     }
 
 
+@cache
 def columns_constants(
     dtypes: tuple[torch.dtype, torch.dtype], ranks: int, dropout: bool, partials: int, tile: Tile
 ) -> dict[str, object]:
@@ -1094,6 +1102,7 @@ def columns_constants(
     }
 
 
+@cache
 def matmul_constants(
     dtypes: tuple[torch.dtype, torch.dtype],
     ranks: tuple[int, int],
@@ -1127,6 +1136,7 @@ def matmul_constants(
     }
 
 
+@cache
 def sum_constants(widest: int, flags: tuple[bool, bool, bool]) -> dict[str, object]:
     """The constexpr arguments of `sum_gradients`; flags: dA, dB and dbias are asked for."""
     asked = dict(zip(("DA", "DB", "BIAS"), flags, strict=True))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.bench_descend import PublishedLoop
-from lora_init import approximate, backend, backends, selftest
+from lora_init import approximate, backend, selftest
 from lora_init.factors import Factors
 from lora_init.ops.descend import DescentState, Optimizer, descend
 
@@ -39,6 +39,9 @@ SIZES = {
     "24 x 768² fp32": (24, 768, torch.float32),
 }
 LLAMA, ROBERTA, ROBERTA_FP32 = SIZES
+# Most that a step may take over the floor: of weights that are read from memory, and of weights
+# that fit on chip, which are to be faster than their own bytes could come from memory.
+BACKENDS = {"triton": (1.15, 1.0), "cuda": (1.05, 1 / 1.5)}
 ADAM_STEPS = 4000
 SMALL_STEPS = 1000
 """Of a call that is timed where the weights are small."""
@@ -172,30 +175,32 @@ class Bench:
         return torch.empty(256 << 20, dtype=torch.uint8, device=self.device)
 
 
-def _descent(bench: Bench, case: str, r: int, steps: int, repeats: int, whole: bool) -> Row:
-    """Our op: checked over CHECK_STEPS steps, then timed as calls of `steps`."""
+def _descent(
+    bench: Bench, case: str, r: int, name: str, steps: int, repeats: int, whole: bool
+) -> Row:
+    """Our op on one backend: checked over CHECK_STEPS steps, then timed as calls of `steps`."""
     weights = bench.weights(case)
     state = DescentState.start(*bench.starts(case, r), Optimizer())
-    descend(weights, state, CHECK_STEPS)
-    error = bench.error(case, r, state.params)
-    descend(weights, state, 50)  # makes the graph
-    ms = bench.ms(lambda: descend(weights, state, steps), repeats, warm=not whole)
+    with backend(name):
+        descend(weights, state, CHECK_STEPS)
+        error = bench.error(case, r, state.params)
+        descend(weights, state, 50)  # makes the graph
+        ms = bench.ms(lambda: descend(weights, state, steps), repeats, warm=not whole)
     floor, per = bench.floor_ms(case, r), 1 if whole else steps
     return {
         "ms": ms / per,
         "floor_ms": floor * steps / per,
         "error": error,
-        "backend": backends.select("descend", weights, state, 1).NAME,
     }
 
 
-def _step(bench: Bench, case: str, r: int) -> Row:
+def _step(bench: Bench, case: str, r: int, name: str) -> Row:
     large = bench.sizes[case][1] > 2048
-    return _descent(bench, case, r, 100 if large else SMALL_STEPS, 5, whole=False)
+    return _descent(bench, case, r, name, 100 if large else SMALL_STEPS, 5, whole=False)
 
 
-def _all_steps(bench: Bench, case: str, r: int) -> Row:
-    return _descent(bench, case, r, ADAM_STEPS, 3, whole=True)
+def _all_steps(bench: Bench, case: str, r: int, name: str) -> Row:
+    return _descent(bench, case, r, name, ADAM_STEPS, 1, whole=True)
 
 
 def _approximate(bench: Bench, case: str, r: int) -> Row:
@@ -340,17 +345,19 @@ def _published(bench: Bench, case: str, r: int) -> Row:
 def figures() -> list[Figure]:
     """Ours first: should time run out, it is peers that go unmeasured."""
     steps = f"{ADAM_STEPS} steps"
-    ours = [
-        Figure(LLAMA, r, "descend", "step", _step, ("ratio_to_floor", 1.15)) for r in (8, 16, 32)
-    ]
+    ours = []
+    for name, (large, small) in BACKENDS.items():
+        step, whole = partial(_step, name=name), partial(_all_steps, name=name)
+        for case, r in (*((LLAMA, r) for r in (8, 16, 32)), (ROBERTA, 8), (ROBERTA, 16)):
+            most = ("ratio_to_floor", large if case == LLAMA else small)
+            ours.append(Figure(case, r, f"descend {name}", "step", step, most))
+        most = ("ratio_to_floor", small)
+        ours.append(Figure(ROBERTA_FP32, 8, f"descend {name}", "step", step, most))
+        ours.append(Figure(LLAMA, 8, f"descend {name}", steps, whole, ("ms", 3500.0)))
     ours += [
-        Figure(LLAMA, 8, "descend", steps, _all_steps, ("ms", 3500.0)),
-        Figure(LLAMA, 16, "descend", steps, _all_steps),
-        # None of 640 stops at this tol was above it (`solve/krylov.py`), but each is an estimate.
+        # No stop of 640 was above tol; what is granted is for the estimate (`solve/krylov.py`).
         *(Figure(LLAMA, r, "krylov", "solve", _krylov, ("ms", 150.0), 1.25 * TOL) for r in (8, 16)),
         Figure(LLAMA, 8, "approximate", steps, _approximate),
-        Figure(ROBERTA, 8, "descend", "step", _step, ("ratio_to_floor", 1.0)),
-        Figure(ROBERTA_FP32, 8, "descend", "step", _step, ("ratio_to_floor", 1.0)),
     ]
     bmm = [(ROBERTA_FP32, 8), (ROBERTA, 8), *((LLAMA, r) for r in (8, 16, 32))]
     peers = [_peer(case, r, "torch.bmm", "step", _bmm, ROUNDED) for case, r in bmm]
@@ -386,7 +393,7 @@ def measure(figure: Figure, bench: Bench, ours: dict[Any, float]) -> Row:
     if figure.peer and key in ours:
         row["ratio_to_peer"] = row["ms"] / ours[key]
     elif not figure.peer:
-        ours.setdefault(key, row["ms"])
+        ours[key] = min(row["ms"], ours.get(key, math.inf))
     row["status"] = "measured"
     if figure.target:
         field, most = figure.target
@@ -414,8 +421,7 @@ def line(row: Row) -> str:
         return "-" if row[field] is None else f"{row[field]:{form}}{suffix}"
 
     target = f" ({row['target']})" if row["target"] else ""
-    notes = f", by {row['backend']}" if "backend" in row else ""
-    notes += f", {row['reads']:.1f} reads" if "reads" in row else ""
+    notes = f", {row['reads']:.1f} reads" if "reads" in row else ""
     return (
         f"{row['case']:<16} {row['r']:>3} {row['method']:<15} {row['unit']:<10} "
         f"{number('ms', '.4g'):>10} {number('floor_ms', '.4g'):>9} "

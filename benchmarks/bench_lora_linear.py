@@ -319,9 +319,12 @@ def line(row: Row) -> str:
 
 
 def run(
-    chosen: Sequence[Case] | None = None, repeats: int = 20, compiled: bool = True
+    chosen: Sequence[Case] | None = None,
+    repeats: int = 20,
+    compiled: bool = True,
+    keep: Callable[[dict[str, Any]], object] = lambda content: None,
 ) -> dict[str, Any]:
-    """The chosen cases, or all, or why none was measured."""
+    """The chosen cases, or all, or why none was measured; `keep` gets what there is after each."""
     content: dict[str, Any] = {"machine": common.machine(), "rows": []}
     if not torch.cuda.is_available():
         content["rows"].append({"status": "not measured: no CUDA device"})
@@ -334,6 +337,7 @@ def run(
         for row in measure(bench, case, repeats, compiled):
             content["rows"].append(row)
             print(line(row), flush=True)
+        keep(content)
     return content
 
 

@@ -22,7 +22,7 @@ from lora_init.ops.dual_project import Precision
 
 NAME = "triton"
 PRIORITY = 10
-VERIFIED: tuple[str, ...] = ()
+VERIFIED = ("dual_project", "descend")
 
 _OPS = ("dual_project", "descend", "lora_linear")
 _OLDEST = (3, 3)

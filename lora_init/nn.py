@@ -1,8 +1,11 @@
-"""`LoRALinear`: an `nn.Linear` with LoRA for a trainer of one's own, without PEFT."""
+"""`LoRALinear`: an `nn.Linear` with LoRA for a trainer of one's own, without PEFT; several of one
+input stacked.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -89,12 +92,17 @@ class LoRALinear(nn.Module):
         """(out, r)."""
         return cast("nn.Parameter", self.lora_B["default"].weight)
 
+    @property
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """(A₀, B₀) of a virtual residual."""
+        A0, B0 = self.lora_A0, self.lora_B0
+        return None if A0 is None or B0 is None else (A0, B0)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) of the weight's dtype, or any under autocast. Returns (..., out)."""
         if self.merged:
             output: Tensor = self.base_layer(x)
             return output
-        A0, B0 = self.lora_A0, self.lora_B0
         return lora_linear(
             x,
             self.base_layer.weight,
@@ -103,7 +111,7 @@ class LoRALinear(nn.Module):
             self.scaling,
             self.base_layer.bias,
             self.lora_dropout if self.training else 0.0,
-            start=None if A0 is None or B0 is None else (A0, B0),
+            start=self.start,
         )
 
     @torch.no_grad()
@@ -168,8 +176,9 @@ class LoRALinear(nn.Module):
         weight = self.base_layer.weight
         wide = exact_dtype(weight)
         delta = self.B.to(wide) @ self.A.to(wide)
-        if self.lora_A0 is not None and self.lora_B0 is not None:
-            delta -= self.lora_B0.to(wide) @ self.lora_A0.to(wide)
+        if self.start is not None:
+            A0, B0 = self.start
+            delta -= B0.to(wide) @ A0.to(wide)
         weight.copy_(weight + delta.mul_(sign * self.scaling))
         self.merged = sign > 0
 
@@ -181,3 +190,125 @@ class LoRALinear(nn.Module):
             if prefix + name in state_dict and getattr(self, name) is None:
                 setattr(self, name, torch.empty_like(like.detach()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class StackedLoRALinear(nn.Module):
+    """Layers of one input (q/k/v, gate/up) as one: x is read once for all of their low-rank
+    branches, and one product with the stacked weights takes the place of several narrow ones.
+
+        qkv = StackedLoRALinear({"q": q_proj, "k": k_proj, "v": v_proj})
+        q, k, v = qkv(x)
+
+    The layers stay what they are, trained and saved on their own; their frozen weights become views
+    of one tensor, in rows. One dropout mask serves all of them.
+
+    Attributes:
+        layers: `LoRALinear`s by name; in the state dict `layers.q.base_layer.weight` and so on.
+    """
+
+    def __init__(self, layers: Mapping[str, LoRALinear]):
+        """
+        Raises:
+            LoraInitError: fewer than two layers, or they differ in in_features, dtype, device,
+                dropout or in whether they have a bias or a virtual start, or one is merged; nothing
+                was changed.
+        """
+        super().__init__()
+        if len(layers) < 2:
+            raise LoraInitError(f"stacking takes two layers or more, got {len(layers)}")
+        found = {name: _stackable(name, layer) for name, layer in layers.items()}
+        first, *others = found
+        for name in others:
+            if found[name] != found[first]:
+                what = next(k for k, v in found[name].items() if v != found[first][k])
+                raise LoraInitError(
+                    f"{name} cannot be stacked on {first}: its {what} is {found[name][what]}, not "
+                    f"{found[first][what]}"
+                )
+        self.layers = nn.ModuleDict(layers)
+        self._stack()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: (..., in). Returns (..., outᵢ) of every layer, views of one tensor.
+
+        Raises:
+            LoraInitError: a layer was merged meanwhile, or only some have a virtual start.
+        """
+        layers = self._members()
+        for name, layer in self.layers.items():
+            if layer.merged:
+                raise LoraInitError(f"{name} is merged: call its unmerge() first")
+        starts = [layer.start for layer in layers]
+        if None in starts and any(start is not None for start in starts):
+            raise LoraInitError("either all of the stacked layers have a virtual start or none")
+        if (
+            not torch.compiler.is_compiling() and not self._is_stacked()
+        ):  # copied or moved one by one
+            self._stack()
+        scaling = layers[0].scaling
+        B = [
+            layer.B if layer.scaling == scaling else layer.B * (layer.scaling / scaling)
+            for layer in layers
+        ]
+        start = None
+        if starts[0] is not None:
+            A0, B0 = zip(*(start for start in starts if start), strict=True)
+            scales = [layer.scaling / scaling for layer in layers]
+            scaled = [b if s == 1 else b * s for b, s in zip(B0, scales, strict=True)]
+            start = (torch.cat(A0), torch.block_diag(*scaled))
+        biases = [layer.base_layer.bias for layer in layers]
+        y = lora_linear(
+            x,
+            self._weight,
+            torch.cat(tuple(layer.A for layer in layers)),
+            torch.block_diag(*B),
+            scaling,
+            None if biases[0] is None else torch.cat(tuple(biases)),
+            layers[0].lora_dropout if self.training else 0.0,
+            start=start,
+        )
+        return y.split([layer.base_layer.out_features for layer in layers], dim=-1)
+
+    def _members(self) -> list[LoRALinear]:
+        return [cast("LoRALinear", layer) for layer in self.layers.values()]
+
+    @torch.no_grad()
+    def _stack(self) -> None:
+        """Make the layers' weights views of `_weight`, (Σ outᵢ, in)."""
+        weights = [layer.base_layer.weight for layer in self._members()]
+        self._weight = torch.cat([weight.detach() for weight in weights])
+        rows = self._weight.split([len(weight) for weight in weights])
+        for weight, view in zip(weights, rows, strict=True):
+            weight.data = view
+
+    def _is_stacked(self) -> bool:
+        at = self._weight.data_ptr()
+        for layer in self._members():
+            weight = layer.base_layer.weight
+            if weight.data_ptr() != at or not weight.is_contiguous():
+                return False
+            at += weight.nbytes
+        return True
+
+    def _apply(self, *args: Any, **kwargs: Any) -> StackedLoRALinear:
+        super()._apply(*args, **kwargs)  # to(), half(), ...: each weight by itself
+        self._stack()
+        return self
+
+
+def _stackable(name: str, layer: LoRALinear) -> dict[str, Any]:
+    """What stacked layers must share."""
+    if not isinstance(layer, LoRALinear):
+        raise LoraInitError(f"{name} must be a LoRALinear, got {type(layer).__name__}")
+    if layer.merged:
+        raise LoraInitError(f"{name} is merged: call its unmerge() first")
+    base = layer.base_layer
+    return {
+        "in_features": base.in_features,
+        "dtype": base.weight.dtype,
+        "adapter dtype": layer.A.dtype,
+        "device": base.weight.device,
+        "lora_dropout": layer.lora_dropout,
+        "bias": base.bias is not None,
+        "virtual start": layer.start is not None,
+    }

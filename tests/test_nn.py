@@ -133,7 +133,9 @@ def test_merging_at_a_virtual_start_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "load"], ids=str
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "load"],
+    ids=["deepcopy", "pickle", "load"],
 )
 def test_state_dict_and_copies_bring_the_start_along(copied: object) -> None:
     module = layer()
@@ -199,3 +201,107 @@ def test_a_stored_residual_on_a_virtual_start_is_refused() -> None:
         module.initialize(factors())
     assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
     module.initialize(factors(), "virtual")
+
+
+SIZES = {"q": 20, "k": 8, "v": 12}
+
+
+def stackable(dtype: torch.dtype = torch.float64, **options: object) -> dict[str, LoRALinear]:
+    """q, k and v of one input, trained away from B = 0."""
+    torch.manual_seed(3)
+    layers = {}
+    for name, out_features in SIZES.items():
+        base = nn.Linear(24, out_features, dtype=dtype)
+        layers[name] = LoRALinear(base, **({"r": 4, "lora_alpha": 6} | options))
+        nn.init.normal_(layers[name].B, std=0.3)
+    return layers
+
+
+def start_at(layers: dict[str, LoRALinear]) -> None:
+    for layer in layers.values():
+        weight = layer.base_layer.weight
+        found = lora_init.approximate(
+            {"w": weight}, r=len(layer.A), method="pissa", scaling=layer.scaling, cache=False
+        )
+        layer.initialize(found["w"], "virtual")
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+@pytest.mark.parametrize("scalings", ["one", "several"])
+def test_stacked_layers_compute_and_train_as_they_do_alone(virtual: bool, scalings: str) -> None:
+    layers = stackable()
+    if scalings == "several":
+        layers["k"].scaling = 0.5
+    if virtual:
+        start_at(layers)
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.A.mul_(1.1)
+    alone = copy.deepcopy(layers)
+    stacked = lora_init.nn.StackedLoRALinear(layers)
+    x, y = (inputs(torch.float64).requires_grad_() for _ in range(2))
+    got, expected = stacked(x), [layer(y) for layer in alone.values()]
+    torch.autograd.backward(got, [torch.sin(t.detach()) for t in got])
+    torch.autograd.backward(expected, [torch.sin(t.detach()) for t in expected])
+    for one, other in zip((*got, x.grad), (*expected, y.grad), strict=True):
+        assert one is not None
+        assert torch.allclose(one, other, rtol=1e-11, atol=1e-12)
+    for name, layer in layers.items():
+        for one, other in ((layer.A, alone[name].A), (layer.B, alone[name].B)):
+            assert torch.allclose(one.grad, other.grad, rtol=1e-11, atol=1e-12)
+        assert layer.base_layer.weight.grad is None
+
+
+def test_stacked_weights_are_one_tensor_that_survives_copies_and_casts() -> None:
+    layers = stackable(torch.float32)
+    states = {name: copy.deepcopy(layer.state_dict()) for name, layer in layers.items()}
+    stacked = lora_init.nn.StackedLoRALinear(layers)
+    x = inputs()
+    expected = [layer(x) for layer in layers.values()]
+    for module in (stacked, copy.deepcopy(stacked), pickle.loads(pickle.dumps(stacked))):
+        for one, other in zip(module(x), expected, strict=True):
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+        weights = [layer.base_layer.weight for layer in module.layers.values()]
+        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+        for name, state in states.items():
+            for key, value in state.items():
+                assert torch.equal(module.state_dict()[f"layers.{name}.{key}"], value)
+    assert [t.dtype for t in stacked.to(bf16)(x.to(bf16))] == [bf16] * 3
+    assert stacked._is_stacked()
+
+
+def test_stacked_layers_share_one_mask() -> None:
+    layers = stackable(torch.float32, lora_dropout=0.5)
+    same = {"q": layers["q"], "k": copy.deepcopy(layers["q"])}
+    q, k = lora_init.nn.StackedLoRALinear(same)(inputs())
+    assert torch.equal(q, k)
+    assert not torch.equal(q, layers["q"].eval()(inputs()))
+
+
+def test_layers_that_cannot_be_stacked_are_refused() -> None:
+    layers = stackable()
+    before = layers["q"].base_layer.weight.data_ptr()
+    refused = {
+        "two layers or more, got 1": {"q": layers["q"]},
+        "k must be a LoRALinear, got Linear": {"q": layers["q"], "k": nn.Linear(24, 8)},
+        r"its in_features is 8, not 24": {
+            "q": layers["q"],
+            "k": LoRALinear(nn.Linear(8, 8, dtype=torch.float64), r=4),
+        },
+        r"k cannot be stacked on q: its bias is False, not True": {
+            "q": layers["q"],
+            "k": LoRALinear(nn.Linear(24, 8, bias=False, dtype=torch.float64), r=4),
+        },
+    }
+    for message, group in refused.items():
+        with pytest.raises(LoraInitError, match=message):
+            lora_init.nn.StackedLoRALinear(group)
+    layers["v"].merge()
+    with pytest.raises(LoraInitError, match="v is merged"):
+        lora_init.nn.StackedLoRALinear(layers)
+    assert layers["q"].base_layer.weight.data_ptr() == before
+    layers["v"].unmerge()
+    stacked = lora_init.nn.StackedLoRALinear(layers)
+    layers["k"].merge()
+    with pytest.raises(LoraInitError, match="k is merged"):
+        stacked(inputs(torch.float64))

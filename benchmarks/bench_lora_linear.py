@@ -9,8 +9,8 @@ cannot do without (X once forward; dY and X once backward) at the copy rate meas
 run. A case gets a time only if every result is within twice the error of the same-dtype expression
 against fp64. Times are medians by CUDA events with the L2 flushed before each repeat, taken while
 the GPU is kept waiting until the host has queued the whole call: in a model it is far ahead. What
-it takes the host is a column of its own. q/k/v and gate/up are single layers: the op reads X once
-for each, since it has no form yet for adapters that share it.
+it takes the host is a column of its own. q+k+v and gate+up are stacked: one frozen linear with all
+their rows, and the block-diagonal B of `StackedLoRALinear`.
 
 `--tune` times the tiles that the kernels could use; the choices in `triton_kernels/lora_linear.py`
 come from there. They are compiled beforehand, in parallel and on small operands.
@@ -67,13 +67,16 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """LoRAFusion's grid, and the layers of Llama-3-8B one by one."""
+    """LoRAFusion's grid, and the layers of Llama-3-8B alone and stacked (`StackedLoRALinear`)."""
     for n, M, p in product((4096, 5120, 8192), (2048, 4096, 8192), (0.0, 0.1)):
         yield Case("grid", M, n, n, p=p)
     layers = {"q, o": (4096, 4096), "k, v": (1024, 4096)}
     layers |= {"gate, up": (14336, 4096), "down": (4096, 14336)}
     for (name, shape), M, r in product(layers.items(), (4096, 8192), (8, 16, 32, 64)):
         yield Case(f"llama3 {name}", M, *shape, r=r)
+    stacks = {"q+k+v": (3, 6144, 4096), "gate+up": (2, 28672, 4096)}
+    for (name, (count, *shape)), M, r in product(stacks.items(), (4096, 8192), (8, 16, 32, 64)):
+        yield Case(f"llama3 {name}", M, *shape, r=count * r)
     yield Case("fp32 adapters", 8192, 4096, 4096, adapter_dtype=torch.float32)
 
 

@@ -57,11 +57,17 @@ class LoRALinear(nn.Module):
                 stably.
 
         Raises:
-            LoraInitError: base_layer is no nn.Linear, or a value is out of range.
+            LoraInitError: base_layer is no plain nn.Linear (a subclass with a forward of its own is
+                none), its weight is not floating-point, or a value is out of range.
         """
         super().__init__()
-        if not isinstance(base_layer, nn.Linear):
+        # Subclasses may compute something else, or keep W quantised.
+        if getattr(type(base_layer), "forward", None) is not nn.Linear.forward:
             raise LoraInitError(f"base_layer must be an nn.Linear, got {type(base_layer).__name__}")
+        if not base_layer.weight.is_floating_point():
+            raise LoraInitError(
+                f"base_layer must have a floating-point weight, got {base_layer.weight.dtype}"
+            )
         if r < 1 or not 0 <= lora_dropout < 1:
             raise LoraInitError(
                 f"r must be ≥ 1 and lora_dropout in [0, 1), got r={r} and {lora_dropout}"
@@ -155,6 +161,9 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Put the update into the base weight, rounded once; from then on forward is that of the
         base layer alone. Of no effect on a merged layer.
+
+        The state dict does not tell a merged weight from another: unmerge before saving it to load
+        into a `LoRALinear` again.
         """
         if not self.merged:
             self._shift(1)

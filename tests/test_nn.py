@@ -23,6 +23,17 @@ def layer(**options: object) -> LoRALinear:
     return LoRALinear(linear(), **({"r": 4, "lora_alpha": 6} | options))
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def packed() -> nn.Linear:
+    module = linear()
+    module.weight = nn.Parameter(torch.zeros(20, 24, dtype=torch.uint8), requires_grad=False)
+    return module
+
+
 def factors(scaling: float = 1.5, r: int = 4) -> Factors:
     g = torch.Generator().manual_seed(1)
     return Factors(
@@ -179,6 +190,8 @@ def test_compile_and_autocast() -> None:
     ("call", "message"),
     [
         (lambda: LoRALinear(nn.Conv1d(1, 1, 1)), "must be an nn.Linear, got Conv1d"),
+        (lambda: LoRALinear(Doubled(24, 20)), "must be an nn.Linear, got Doubled"),
+        (lambda: LoRALinear(packed()), "floating-point weight, got torch.uint8"),
         (lambda: layer(r=0), "r must be ≥ 1 .* got r=0"),
         (lambda: layer(lora_dropout=1.0), r"lora_dropout in \[0, 1\), .* 1\.0"),
         (lambda: layer().initialize(factors(), "real"), '"stored" or "virtual", got \'real\''),
@@ -186,7 +199,17 @@ def test_compile_and_autocast() -> None:
         (lambda: layer().initialize(factors(r=3)), "r 3 and scaling 1.5, the layer 4"),
         (lambda: layer().initialize(Factors(torch.zeros(4, 20), torch.zeros(20, 4))), "do not fit"),
     ],
-    ids=["conv", "rank", "dropout", "residual", "scaling", "factors' rank", "shape"],
+    ids=[
+        "conv",
+        "subclass",
+        "packed",
+        "rank",
+        "dropout",
+        "residual",
+        "scaling",
+        "factors' rank",
+        "shape",
+    ],
 )
 def test_errors(call: object, message: str) -> None:
     with pytest.raises(LoraInitError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -10,10 +11,18 @@ from typing import Any
 
 @cache
 def module() -> Any | None:
-    """`lora_init._C`, or None where the installation has none. Needs neither a GPU nor a driver."""
+    """`lora_init._C`, or None where the installation has none, or one that does not load (it warns
+    then). Needs neither a GPU nor a driver.
+    """
     try:
         return import_module("lora_init._C")
     except ModuleNotFoundError:
+        return None
+    except ImportError as error:  # of another C++ library, say: all else still works
+        warnings.warn(
+            f"lora_init._C does not load and is not used ({error}): install lora-init again here",
+            stacklevel=2,
+        )
         return None
 
 

@@ -50,6 +50,17 @@ def test_build_info_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     assert info["cuda"] is info["archs"] is None
 
 
+def test_a_module_that_does_not_load_is_left_out_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(name: str) -> None:
+        raise ImportError("version `GLIBCXX_9' not found")
+
+    monkeypatch.setattr(native, "import_module", fails)
+    with pytest.warns(UserWarning, match="_C does not load and is not used .*GLIBCXX_9"):
+        assert native.module.__wrapped__() is None
+
+
 @needs_module
 def test_build_info_names_compiler_and_targets() -> None:
     info = build_info()

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -357,12 +359,33 @@ def other_dropout(model: PeftModel) -> None:
         layer.lora_dropout["default"] = nn.AlphaDropout(0.1)
 
 
+def hooked_by_accelerate(model: PeftModel) -> None:
+    for layer in lora_layers(model).values():
+        add_hook_to_module(layer, ModelHook())
+
+
+def wrapped_factor(model: PeftModel) -> None:
+    class Wrapper(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    for layer in lora_layers(model).values():
+        layer.lora_A["default"].__class__ = Wrapper
+
+
+def hot_swapped(model: PeftModel) -> None:
+    prepare_model_for_compiled_hotswap(model)
+
+
 LEFT = {
     "dora": ({"use_dora": True}, None, "its adapter is Dora, not plain LoRA"),
     "lora_bias": ({"lora_bias": True}, None, "lora_bias=True"),
     "trained base": ({}, trained_base, "its base weight is trained"),
     "forward": ({}, other_forward, "its base layer has hooks or another forward"),
     "dropout": ({}, other_dropout, "its dropout is AlphaDropout"),
+    "own forward": ({}, hooked_by_accelerate, "its forward is not PEFT's own"),
+    "wrapper": ({}, wrapped_factor, "its lora_A is a Wrapper, not a plain nn.Linear"),
+    "hot swap": ({}, hot_swapped, "its scaling is a Tensor (compiled hot-swapping)"),
     "embedding": ({"target_modules": ["embed_tokens"]}, None, "LoRA on Embedding (Embedding), not"),
 }
 
@@ -540,3 +563,14 @@ def test_distributed_training(form: str, residual: str, tmp_path: Path) -> None:
         assert torch.equal(one["fused start"], base)
         assert torch.equal(one["stock start"], base)
     assert not dist.is_initialized()
+
+
+def without_layers_on_one_rank() -> str:
+    with pytest.raises(LoraInitError) as raised:
+        lora_init.fuse(job.adapted() if dist.get_rank() == 0 else job.base_model())
+    return str(raised.value)
+
+
+def test_a_rank_without_lora_layers_is_an_error_on_all(tmp_path: Path) -> None:
+    for message in job.run(2, without_layers_on_one_rank, folder=tmp_path / "job", wait=60):
+        assert "has no LoRA layer of PEFT" in message

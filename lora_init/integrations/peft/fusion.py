@@ -53,7 +53,8 @@ def fuse(model: nn.Module, *, distributed: bool = True) -> FuseReport:
     whenever a call is not one plain active adapter's (none or several are active, it is merged or
     disabled, `adapter_names` is given, someone hooked into the base layer) PEFT's forward runs.
     Before or after `initialize`, and before DDP, FSDP2 or torch.compile wrap the model. The same
-    layers may be fused again, after an adapter was added.
+    layers may be fused again, after an adapter was added. Kernels are self-tested on the devices
+    that the layers are on now: move a model that will train on a GPU there first.
 
     Dropout has the op's mask, not nn.Dropout's: without dropout the results are PEFT's but for
     rounding.
@@ -67,11 +68,11 @@ def fuse(model: nn.Module, *, distributed: bool = True) -> FuseReport:
         A `FuseReport`; print it to see which layers were left, and why.
 
     Raises:
-        LoraInitError: the model has no LoRA layer.
+        LoraInitError: the model has no LoRA layer; on every rank, if that of one has none.
     """
-    layers = _layers(model)
-    devices = {here(next(layer.parameters())).device for layer in layers.values()}
     with ranks(distributed) as job:
+        layers = job.together(lambda: _layers(model))
+        devices = {here(next(layer.parameters())).device for layer in layers.values()}
         selftest.ensure({device for device in devices if device.type != "meta"}, job)
     fused, left = [], {}
     for name, layer in layers.items():
@@ -152,10 +153,11 @@ def _layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 def _not_linear(layer: LoraLinear) -> str | None:
     base = layer.base_layer
-    known = isinstance(layer, FusedLinear) or type(layer).forward is Linear.forward
-    if known and type(base).forward is nn.Linear.forward:
-        return None
-    return f"LoRA on {type(base).__name__} ({type(layer).__name__}), not on a plain nn.Linear"
+    if not isinstance(layer, Linear) or type(base).forward is not nn.Linear.forward:
+        return f"LoRA on {type(base).__name__} ({type(layer).__name__}), not on a plain nn.Linear"
+    # A forward that was set on the object, as accelerate's hooks are, would go on to call PEFT's.
+    own = type(layer).forward is Linear.forward and "forward" not in vars(layer)
+    return None if own or isinstance(layer, FusedLinear) else "its forward is not PEFT's own"
 
 
 def _why_not(layer: LoraLinear, adapter: str) -> str | None:
@@ -167,6 +169,12 @@ def _why_not(layer: LoraLinear, adapter: str) -> str | None:
         name = type(variant).__name__.removesuffix("LinearVariant")
         return f"its adapter is {name}, not plain LoRA"
     base, A, B = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
+    for label, part in (("lora_A", A), ("lora_B", B)):
+        # FSDP1 as transformers sets it up for PEFT wraps each, and gathers it around its forward.
+        if type(part).forward is not nn.Linear.forward:
+            return f"its {label} is a {type(part).__name__}, not a plain nn.Linear"
+    if not isinstance(layer.scaling[adapter], int | float):
+        return f"its scaling is a {type(layer.scaling[adapter]).__name__} (compiled hot-swapping)"
     if B.bias is not None:
         return "lora_bias=True"
     dropout = layer.lora_dropout[adapter]

@@ -211,6 +211,16 @@ def test_the_start_follows_the_model_s_dtype(form: Callable) -> None:
     assert torch.equal(logits(model), logits(base.to(torch.bfloat16)))
 
 
+def test_a_start_that_moved_in_inference_mode_trains_later() -> None:
+    layer = next(iter(lora_layers(started(llama())).values()))
+    start = layer.lora_variant["default"]
+    with torch.inference_mode():
+        start.factors(torch.empty(1, device="meta"))
+    assert (start.A0.device.type, start.B0.device.type) == ("meta", "meta")
+    assert not start.A0.is_inference()
+    assert not start.B0.is_inference()
+
+
 # Several adapters
 
 

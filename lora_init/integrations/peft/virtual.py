@@ -27,9 +27,13 @@ class VirtualStart(LoraVariant):
 
     def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(A₀, B₀) on the device of `like`, where they stay, in its dtype."""
-        if self.A0.device != like.device:  # module.to() does not know of them
-            self.A0, self.B0 = self.A0.to(like.device), self.B0.to(like.device)
-        return self.A0.to(like.dtype), self.B0.to(like.dtype)
+        A0, B0 = self.A0, self.B0  # DataParallel's threads share this object, each on its device
+        if A0.device != like.device or B0.device != like.device:
+            # module.to() does not know of them. What inference mode makes could not train later.
+            with torch.inference_mode(False):
+                A0, B0 = A0.to(like.device), B0.to(like.device)
+            self.A0, self.B0 = A0, B0
+        return A0.to(like.dtype), B0.to(like.dtype)
 
     def forward(  # type: ignore[override]  # PEFT's are static, and called on the instance
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any

@@ -209,7 +209,8 @@ class StackedLoRALinear(nn.Module):
         q, k, v = qkv(x)
 
     The layers stay what they are, trained and saved on their own; their frozen weights become views
-    of one tensor, in rows. One dropout mask serves all of them.
+    of one tensor, in rows. One dropout mask serves all of them. Not for FSDP and ZeRO-3, which keep
+    the weights in memory of their own.
 
     Attributes:
         layers: `LoRALinear`s by name; in the state dict `layers.q.base_layer.weight` and so on.
@@ -236,6 +237,8 @@ class StackedLoRALinear(nn.Module):
                 )
         self.layers = nn.ModuleDict(layers)
         self._stack()
+        # Compiled code cannot look where the weights are.
+        self.register_load_state_dict_post_hook(_stacked_again)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: (..., in). Returns (..., outᵢ) of every layer, views of one tensor.
@@ -250,9 +253,7 @@ class StackedLoRALinear(nn.Module):
         starts = [layer.start for layer in layers]
         if None in starts and any(start is not None for start in starts):
             raise LoraInitError("either all of the stacked layers have a virtual start or none")
-        if (
-            not torch.compiler.is_compiling() and not self._is_stacked()
-        ):  # copied or moved one by one
+        if not torch.compiler.is_compiling() and not self._is_stacked():  # moved one by one
             self._stack()
         scaling = layers[0].scaling
         B = [
@@ -303,6 +304,14 @@ class StackedLoRALinear(nn.Module):
         super()._apply(*args, **kwargs)  # to(), half(), ...: each weight by itself
         self._stack()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stack()  # copied each by itself
+
+
+def _stacked_again(module: StackedLoRALinear, _: Any) -> None:
+    module._stack()
 
 
 def _stackable(name: str, layer: LoRALinear) -> dict[str, Any]:

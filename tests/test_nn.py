@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -273,6 +274,27 @@ def test_stacked_layers_compute_and_train_as_they_do_alone(virtual: bool, scalin
         for one, other in ((layer.A, alone[name].A), (layer.B, alone[name].B)):
             assert torch.allclose(one.grad, other.grad, rtol=1e-11, atol=1e-12)
         assert layer.base_layer.weight.grad is None
+
+
+def loaded(stacked: nn.Module) -> nn.Module:
+    other = lora_init.nn.StackedLoRALinear(stackable(torch.float32))
+    other.load_state_dict(copy.deepcopy(stacked).state_dict(), assign=True)
+    return other
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, loaded])
+def test_stacked_weights_of_a_copy_are_those_that_it_compiles(copied: Callable) -> None:
+    stacked = lora_init.nn.StackedLoRALinear(stackable(torch.float32))
+    with torch.no_grad():
+        for layer in stacked.layers.values():
+            layer.base_layer.weight.mul_(2)
+    other = copied(stacked)
+    with torch.no_grad():
+        for layer in other.layers.values():
+            layer.base_layer.weight.mul_(3)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for one, layer in zip(compiled(inputs()), other.layers.values(), strict=True):
+        torch.testing.assert_close(one, layer(inputs()), rtol=1e-5, atol=1e-5)
 
 
 def test_stacked_weights_are_one_tensor_that_survives_copies_and_casts() -> None:

@@ -366,6 +366,28 @@ def test_initialised_again(form: Callable, tmp_path: Path) -> None:
     assert not (tmp_path / "lora_init").exists()
 
 
+def deleted(model: PeftModel) -> None:
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], r=4))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+
+
+@pytest.mark.parametrize("forget", [deleted, lambda m: initialize(m, "lora")], ids=["", "lora"])
+def test_without_a_start_the_model_is_peft_s_again(forget: Callable) -> None:
+    base = llama()
+    model = adapted(base)
+    own = type(model)
+    initialize(model)
+    forget(model)
+    assert type(model) is own
+    assert torch.equal(logits(model), logits(base))
+    report = lora_init.initialize(
+        model, "pissa", cache=False
+    )  # a stored residual is refused no more
+    assert report.layers
+    assert distance(logits(model), logits(base)) < 2e-5
+
+
 # What would have changed the base
 
 

@@ -15,7 +15,7 @@ from lora_init import selftest
 from lora_init.distributed import ranks
 from lora_init.factors import LoraInitError
 from lora_init.integrations.peft.layers import LoraLinear, lora_layers
-from lora_init.integrations.peft.mixins import Mixin, mixed
+from lora_init.integrations.peft.mixins import Mixin, mixed, unmixed
 from lora_init.integrations.peft.sharded import here, is_partitioned, is_sharded
 from lora_init.integrations.peft.virtual import VirtualStart
 from lora_init.ops.lora_linear import lora_linear
@@ -93,14 +93,18 @@ def unfuse(model: nn.Module) -> None:
         LoraInitError: the model has no LoRA layer, or something else changed a fused layer's class
             (`fully_shard` on that very layer); no layer is changed then.
     """
-    fused = {n: layer for n, layer in _layers(model).items() if isinstance(layer, FusedLinear)}
-    for name, layer in fused.items():
-        if type(layer).__bases__[0] is not FusedLinear:
-            raise LoraInitError(
-                f"{name}: its class was changed to {type(layer)} after fuse(): call unfuse() before"
-            )
-    for layer in fused.values():
-        layer.__class__ = type(layer).__bases__[1]
+    found = []
+    for name, layer in _layers(model).items():
+        if isinstance(layer, FusedLinear):
+            own = unmixed(layer, FusedLinear)
+            if own is None:
+                raise LoraInitError(
+                    f"{name}: its class was changed to {type(layer)} after fuse(): call unfuse() "
+                    "before"
+                )
+            found.append((layer, own))
+    for layer, own in found:
+        layer.__class__ = own
 
 
 class FusedLinear(Mixin, Linear):

@@ -29,5 +29,13 @@ def mixed(mixin: type, cls: type) -> Any:
     return _classes[key]
 
 
+def unmixed(obj: Any, mixin: type) -> type | None:
+    """The class that `mixed` put `mixin` before to make the object's; None where something else
+    changed its class since.
+    """
+    first, *others = type(obj).__bases__
+    return others[0] if others and issubclass(first, mixin) else None
+
+
 def _new(mixin: type, cls: type) -> Any:
     return object.__new__(mixed(mixin, cls))

@@ -19,7 +19,7 @@ from lora_init.adapters import ADAPTER_FILE, adapter_key, plain_config, plain_te
 from lora_init.checkpoints import SIDECAR, Start, read_safetensors, read_start, write_start
 from lora_init.factors import LoraInitError
 from lora_init.integrations.peft.layers import Residual, commit, lora_layers
-from lora_init.integrations.peft.mixins import Mixin, mixed
+from lora_init.integrations.peft.mixins import Mixin, mixed, unmixed
 from lora_init.integrations.peft.sharded import is_sharded, loadable
 from lora_init.staging import merged_into
 
@@ -254,9 +254,10 @@ class VirtualResidual(ResidualModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        if self.lora_init_starts.pop(adapter_name, None):
+        if adapter_name in self.lora_init_starts:
             for layer in lora_layers(self).values():  # PEFT 0.19 leaves it there
                 layer.lora_variant.pop(adapter_name, None)
+            detach(self, adapter_name)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """As PEFT's, of adapters that are plain LoRA.
@@ -299,9 +300,15 @@ def attach(model: PeftModel, adapter: str, start: Start) -> None:
 
 
 def detach(model: PeftModel, adapter: str) -> None:
-    """Forget the start of an adapter that was initialised without one since."""
+    """Forget the start of an adapter that was deleted, or initialised without one since. With the
+    last one the model is PEFT's again, and can be initialised in any way.
+    """
     if isinstance(model, ResidualModel):
         model.lora_init_starts.pop(adapter, None)
+        own = unmixed(model, ResidualModel)
+        if own is not None and not model.lora_init_starts:
+            del model.lora_init_starts
+            model.__class__ = own
 
 
 def other_tensors(

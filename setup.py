@@ -49,15 +49,21 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
+        arguments: list[str] = []
+        if ninja := shutil.which("ninja"):
+            # pip's isolated builds have another one each time, and CMake would run the first.
+            options["CMAKE_MAKE_PROGRAM"] = ninja
+            arguments += ["-G", "Ninja"]
         if archs := os.environ.get("LORA_INIT_CUDA_ARCHS"):
             options["LORA_INIT_CUDA_ARCHS"] = archs
+        else:
+            arguments += ["-U", "LORA_INIT_CUDA_ARCHS"]  # those of the build before
         if ccache := shutil.which("ccache"):
             options |= {
                 f"CMAKE_{language}_COMPILER_LAUNCHER": ccache for language in ("CXX", "CUDA")
             }
-        definitions = [f"-D{name}={value}" for name, value in options.items()]
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, *generator, *definitions], check=True)
+        arguments += [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, *arguments], check=True)
         subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
 
 

@@ -43,6 +43,27 @@ def test_an_unknown_choice_is_refused() -> None:
     assert "must be auto, 1 or 0, got 'yes'" in done.stderr
 
 
+def test_a_build_takes_neither_ninja_nor_targets_from_the_one_before(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    for name in ("cmake", "ninja", "nvcc"):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\n')
+        tool.chmod(0o755)
+    env = os.environ | {
+        "CUDA_HOME": str(tmp_path),
+        "LORA_INIT_CUDA": "1",
+        "LORA_INIT_CUDA_ARCHS": "",
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+    }
+    command = [sys.executable, "setup.py", "build_ext", "-b", tmp_path, "-t", tmp_path]
+    subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True)
+    configured, built = (tmp_path / "called").read_text().splitlines()
+    assert "-U LORA_INIT_CUDA_ARCHS" in configured
+    assert f"-DCMAKE_MAKE_PROGRAM={tmp_path}/bin/ninja" in configured
+    assert built.startswith("cmake --build")
+
+
 def test_build_info_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "module", lambda: None)
     info = build_info()

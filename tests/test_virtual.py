@@ -381,10 +381,7 @@ def test_without_a_start_the_model_is_peft_s_again(forget: Callable) -> None:
     forget(model)
     assert type(model) is own
     assert torch.equal(logits(model), logits(base))
-    report = lora_init.initialize(
-        model, "pissa", cache=False
-    )  # a stored residual is refused no more
-    assert report.layers
+    lora_init.initialize(model, "pissa", cache=False)  # a stored residual is refused no more
     assert distance(logits(model), logits(base)) < 2e-5
 
 

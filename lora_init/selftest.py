@@ -1,9 +1,9 @@
 """Kernels against the reference on this device, before they are trusted there.
 
-`approximate`, `initialize`, `lora-init run` and `doctor` call `ensure` when they meet a device,
-never an op itself: that would fire under graph capture and tracing. The verdict is kept on disk
-for this device, driver, torch, package and kernels. What fails is refused there, and a warning
-names it. `LORA_INIT_SELFTEST=0` skips all of it.
+`approximate`, `initialize`, `fuse` and `lora-init run` call `ensure` when they meet a device, never
+an op itself: that would fire under graph capture and tracing. The verdict is kept on disk for this
+device, driver, torch, package and kernels. What fails is refused there, and a warning names it.
+`LORA_INIT_SELFTEST=0` skips all of it.
 """
 
 from __future__ import annotations

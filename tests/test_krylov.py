@@ -40,6 +40,8 @@ SPECTRA = {
     "flat": lambda: spectrum([1.0] * 300, 300, 300),
     "clustered": lambda: spectrum([1.0] * 20 + [0.9] * 20 + [0.1] * 260, 300, 300),
     "one_huge": lambda: spectrum([1e3, *[1.0] * 4, *[0.5] * 295], 300, 300),
+    # needs the Gram matrix of all products, not only of neighbouring blocks
+    "two_huge": lambda: spectrum([1e4, 3e3, *[1.0] * 4, *[0.5] * 294], 300, 300),
     "rank_5": lambda: spectrum([1.0] * 5, 300, 200),
     "rank_1": lambda: spectrum([2.0], 40, 50),
     "equal_columns": lambda: gaussian(60, 1).expand(60, 80).contiguous(),

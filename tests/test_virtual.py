@@ -211,6 +211,15 @@ def test_the_start_follows_the_model_s_dtype(form: Callable) -> None:
     assert torch.equal(logits(model), logits(base.to(torch.bfloat16)))
 
 
+def test_initialised_in_inference_mode_it_trains_later() -> None:
+    base = llama()
+    model = adapted(base)
+    with torch.inference_mode():
+        initialize(model)
+    train(model)
+    assert distance(logits(model), logits(base)) > 1e-2
+
+
 def test_a_start_that_moved_in_inference_mode_trains_later() -> None:
     layer = next(iter(lora_layers(started(llama())).values()))
     start = layer.lora_variant["default"]

@@ -22,14 +22,15 @@ class VirtualStart(LoraVariant):
 
     def __init__(self, start: Factors, device: torch.device):
         """start: A₀ (r, in) and B₀ (out, r), which are copied; s is the layer's own."""
-        A0, B0 = (t.detach().to(device, copy=True) for t in (start.A, start.B))
-        self.A0, self.B0 = A0.contiguous(), B0.contiguous()
+        with torch.inference_mode(False):  # what that makes could not train later
+            A0, B0 = (t.detach().to(device, copy=True) for t in (start.A, start.B))
+            self.A0, self.B0 = A0.contiguous(), B0.contiguous()
 
     def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(A₀, B₀) on the device of `like`, where they stay, in its dtype."""
         A0, B0 = self.A0, self.B0  # DataParallel's threads share this object, each on its device
         if A0.device != like.device or B0.device != like.device:
-            # module.to() does not know of them. What inference mode makes could not train later.
+            # module.to() does not know of them.
             with torch.inference_mode(False):
                 A0, B0 = A0.to(like.device), B0.to(like.device)
             self.A0, self.B0 = A0, B0

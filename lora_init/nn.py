@@ -68,9 +68,10 @@ class LoRALinear(nn.Module):
             raise LoraInitError(
                 f"base_layer must have a floating-point weight, got {base_layer.weight.dtype}"
             )
-        if r < 1 or not 0 <= lora_dropout < 1:
+        if r < 1 or not 0 < lora_alpha < math.inf or not 0 <= lora_dropout < 1:
             raise LoraInitError(
-                f"r must be ≥ 1 and lora_dropout in [0, 1), got r={r} and {lora_dropout}"
+                f"r must be ≥ 1, lora_alpha > 0 and lora_dropout in [0, 1), got r={r}, "
+                f"lora_alpha={lora_alpha} and lora_dropout={lora_dropout}"
             )
         like: dict[str, Any] = {
             "device": base_layer.weight.device,

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "checks.h"
 #include "descend.h"
 #include "lora_linear.h"
 #include "project.h"
@@ -20,7 +21,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("archs") = LORA_INIT_CUDA_ARCHS;
   m.attr("cuda_version") = LORA_INIT_CUDA_VERSION;
 
-  m.def("why_no_lora_linear", &why_no_lora_linear, py::arg("device"));
+  m.def("why_no_hopper", &why_no_hopper, py::arg("device"));
+
   m.def(
       "lora_linear",
       [](uintptr_t x, uintptr_t R, uintptr_t S, uintptr_t B, uintptr_t bias, uintptr_t y,
@@ -71,7 +73,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("bf16"), py::arg("transposed_x"), py::arg("transposed_f"), py::arg("overlaps"),
       py::arg("scale"), py::arg("splits") = 0, py::arg("device"), py::arg("stream"));
 
-  m.def("why_no_descend", &why_no_descend, py::arg("device"));
   m.def("descend_capacity", &descend_capacity, py::arg("ranks"), py::arg("device"));
   m.def("descend_region_bytes", &descend_region_bytes, py::arg("ranks"));
   m.def(

@@ -60,6 +60,15 @@ LORA_INIT_HD constexpr int chunk_column(int tile, int lane, int i) {
   return tile * kTile + lane % 4 * 2 + i / 2 * 8 + i % 2;
 }
 
+// The first of a group's tiles that one of its members updates. Up to 16 members have one or more
+// each, so that every CTA of up to kMostBlocks has some, of B or of A. That is what keeps a Gram
+// matrix until all have read it: the next but one, in its place, waits for parts of every tile, and
+// a CTA sends its own after it has read.
+LORA_INIT_HD constexpr int slice_begin(int member, int members) {
+  return members <= kTiles ? member * kTiles / members : member < kTiles ? member : kTiles;
+}
+constexpr int kMostBlocks = (kTiles + 1) * (kTiles + 1) - 1;
+
 // What a CTA leaves for others, in its own region of the workspace, before what it keeps for
 // itself. Two slots, for odd and even steps: a CTA writes the next step's while its slowest reader
 // still reads this one's.

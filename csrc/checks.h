@@ -5,8 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 namespace lora_init {
 
@@ -31,6 +33,27 @@ inline void check_cuda(cudaError_t status, const char* op) {
         joined(op, ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status)));
 }
 
+// Why a device cannot run what is compiled for sm_90a, or nothing.
+inline std::optional<std::string> why_no_hopper(int device) {
+  int driver = 0, major = 0, minor = 0;
+  check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  if (driver < CUDART_VERSION / 1000 * 1000)
+    return joined("needs a driver for CUDA ", CUDART_VERSION / 1000, ", this one is for ",
+                  driver / 1000, ".", driver % 1000 / 10);
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "cudaDeviceGetAttribute");
+  if (major != 9 || minor != 0)
+    return joined("needs compute capability 9.0 (H100, H200), this device has ", major, ".", minor);
+  return std::nullopt;
+}
+
+inline void check_hopper(int device, const char* op) {
+  const auto reason = why_no_hopper(device);
+  check(!reason, op, ": ", reason.value_or(""));
+}
+
 // A device address, on `device` and aligned. Throws where it is neither: a kernel would fault, or
 // read another device's memory over the bus.
 inline void check_pointer(const void* pointer, int device, size_t alignment, const char* op,
@@ -45,18 +68,22 @@ inline void check_pointer(const void* pointer, int device, size_t alignment, con
         " is not aligned to ", alignment, " bytes");
 }
 
-// Makes `device` current inside a scope.
+// Makes `device` current inside a scope. Where it is already, nothing is set: cudaSetDevice makes a
+// context, which on a GPU that nobody uses is half a gigabyte.
 class DeviceGuard {
  public:
-  DeviceGuard(int device, const char* op) {
+  DeviceGuard(int device, const char* op) : device_(device) {
     check_cuda(cudaGetDevice(&previous_), op);
-    check_cuda(cudaSetDevice(device), op);
+    if (previous_ != device_) check_cuda(cudaSetDevice(device_), op);
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  const int device_;
   int previous_ = 0;
 };
 

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "checks.h"
 #include "descend.cuh"
 #include "descend.h"
@@ -40,19 +42,6 @@ int capacity(const Variant& variant, int device) {
 
 }  // namespace
 
-std::optional<std::string> why_no_descend(int device) {
-  int driver = 0, major = 0, minor = 0;
-  check_cuda(cudaDriverGetVersion(&driver), "descend");
-  if (driver < CUDART_VERSION / 1000 * 1000)
-    return joined("needs a driver for CUDA ", CUDART_VERSION / 1000, ", this one is for ",
-                  driver / 1000, ".", driver % 1000 / 10);
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "descend");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "descend");
-  if (major != 9 || minor != 0)
-    return joined("needs compute capability 9.0 (H100, H200), this device has ", major, ".", minor);
-  return std::nullopt;
-}
-
 int descend_capacity(int ranks, int device) {
   const DeviceGuard guard(device, "descend");
   return capacity(variant(ranks, true, true), device);
@@ -67,6 +56,7 @@ void descend(const Descend& call) {
   check(call.steps >= 0 && call.steps < 1 << 20, "descend: steps must be in [0, 2^20), got ",
         call.steps);
   check(call.blocks < int64_t(1) << 31, "descend: at most 2^31 blocks, got ", call.blocks);
+  check_hopper(call.device, "descend");
   if (call.blocks == 0 || call.steps == 0) return;
   const DeviceGuard guard(call.device, "descend");
   const auto [kernel, shared_bytes] = variant(call.ranks, call.bf16, call.adam);
@@ -74,8 +64,9 @@ void descend(const Descend& call) {
   check(call.ctas >= 1 && call.ctas <= most, "descend: ctas must be in [1, ", most, "], got ",
         call.ctas);
   // The CTAs of a layer wait for each other.
-  check(call.most_blocks >= 1 && call.most_blocks <= call.ctas, "descend: a matrix of ",
-        call.most_blocks, " blocks does not fit ", call.ctas, " CTAs");
+  const int fitting = std::min(call.ctas, blocks::kMostBlocks);
+  check(call.most_blocks >= 1 && call.most_blocks <= fitting, "descend: a matrix of ",
+        call.most_blocks, " blocks does not fit ", fitting, " CTAs");
   check_pointer(call.layers, call.device, 8, "descend", "layers");
   check_pointer(call.schedule, call.device, 4, "descend", "schedule");
   check_pointer(call.workspace, call.device, 16, "descend", "workspace");

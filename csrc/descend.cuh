@@ -458,10 +458,11 @@ class Descent {
   // Updates. Two warps a side; each has every second tile of its CTA's slice of the group.
 
   __device__ __forceinline__ int side() const { return warp_ / 2; }
-  __device__ __forceinline__ int slice() const { return ceil_div(kTiles, members(side())); }
-  __device__ __forceinline__ int first_tile() const { return member(side()) * slice() + warp_ % 2; }
+  __device__ __forceinline__ int first_tile() const {
+    return slice_begin(member(side()), members(side())) + warp_ % 2;
+  }
   __device__ __forceinline__ int end_tile() const {
-    return min((member(side()) + 1) * slice(), kTiles);
+    return slice_begin(member(side()) + 1, members(side()));
   }
 
   // A tile of the parameters, of m or of v as this CTA keeps it.

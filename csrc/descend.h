@@ -3,8 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <optional>
-#include <string>
 
 namespace lora_init {
 
@@ -31,9 +29,6 @@ struct Descend {
 
 // Throws std::invalid_argument where the numbers do not fit each other or the device.
 void descend(const Descend& call);
-
-// Why descend cannot run on a device, or nothing.
-std::optional<std::string> why_no_descend(int device);
 
 // Blocks of 256 × 256 that a device holds at a time.
 int descend_capacity(int ranks, int device);

@@ -354,19 +354,6 @@ void launch(const LoraLinear& call, int processors) {
 
 }  // namespace
 
-std::optional<std::string> why_no_lora_linear(int device) {
-  int driver = 0, major = 0, minor = 0;
-  check_cuda(cudaDriverGetVersion(&driver), kOp);
-  if (driver < CUDART_VERSION / 1000 * 1000)
-    return joined("needs a driver for CUDA ", CUDART_VERSION / 1000, ", this one is for ",
-                  driver / 1000, ".", driver % 1000 / 10);
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), kOp);
-  if (major != 9 || minor != 0)
-    return joined("needs compute capability 9.0 (H100, H200), this device has ", major, ".", minor);
-  return std::nullopt;
-}
-
 void lora_linear(const LoraLinear& call) {
   constexpr int64_t kMost = INT32_MAX - kBandM;  // TMA's coordinates are 32-bit
   check(call.m >= 0 && call.m <= kMost && call.n > 0 && call.n <= kMost && call.k > 0 &&
@@ -379,7 +366,7 @@ void lora_linear(const LoraLinear& call) {
         ": tile_n must be 128, 256 or 0, got ", call.tile_n);
   check(call.cluster >= 0 && call.cluster <= 2, kOp, ": cluster must be 1, 2 or 0, got ",
         call.cluster);
-  if (const auto reason = why_no_lora_linear(call.device)) throw std::invalid_argument(*reason);
+  check_hopper(call.device, kOp);
   if (call.m == 0) return;
   const DeviceGuard guard(call.device, kOp);
   if (call.bias) check_pointer(call.bias, call.device, 4, kOp, "bias");

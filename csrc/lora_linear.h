@@ -3,8 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <optional>
-#include <string>
 
 namespace lora_init {
 
@@ -29,8 +27,5 @@ struct LoraLinear {
 // Throws std::invalid_argument where TMA cannot address an operand: the bases and the strides of
 // rows must be multiples of 16 bytes, n and k of 8.
 void lora_linear(const LoraLinear& call);
-
-// Why lora_linear cannot run on a device, or nothing.
-std::optional<std::string> why_no_lora_linear(int device);
 
 }  // namespace lora_init

@@ -14,7 +14,6 @@
 #include "checks.h"
 #include "gemm_tiles.h"
 #include "hopper.cuh"
-#include "lora_linear.h"
 #include "project.h"
 #include "tensor_map.h"
 
@@ -250,7 +249,7 @@ void project(const Project& call) {
   check(call.splits == 0 || call.splits == 1 || call.splits == 2 || call.splits == 4 ||
             call.splits == kMostSplits,
         kOp, ": splits must be 0, 1, 2, 4 or ", kMostSplits, ", got ", call.splits);
-  if (const auto reason = why_no_lora_linear(call.device)) throw std::invalid_argument(*reason);
+  check_hopper(call.device, kOp);
   if (call.m == 0) return;
   const DeviceGuard guard(call.device, kOp);
   check_pointer(call.c, call.device, 2, kOp, "c");

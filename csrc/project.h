@@ -3,8 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <optional>
-#include <string>
 
 namespace lora_init {
 

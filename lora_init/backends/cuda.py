@@ -54,6 +54,8 @@ def why_not_auto(op: str, *args: Any) -> str | None:
 def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
     module = native.module()
     assert module is not None
+    if not steps:
+        return
     optimizer = state.optimizer
     schedule = optimizer.schedule(state.step, steps).astype(np.float32)
     # By a matrix' own rank, so that its bits do not depend on the group's.
@@ -63,7 +65,7 @@ def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
     for (device, dtype, ranks), members in classes.items():
         table = descend_table([group[i] for i in members], state.take(members))
         ctas = min(table.blocks, _capacity(ranks, device.index))
-        layers, rates = (torch.from_numpy(t).to(device) for t in (table.layers, schedule))
+        layers, rates = (_uploaded(t, device) for t in (table.layers, schedule))
         counters = torch.empty(table.counter_bytes, dtype=torch.uint8, device=device)
         size = module.descend_region_bytes(ranks) * ctas
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -119,6 +121,11 @@ def descend_table(group: Sequence[Tensor], state: DescentState) -> DescendTable:
     return DescendTable(layers, blocks[-1], int(np.diff(blocks).max()), counter_bytes)
 
 
+def _uploaded(array: np.ndarray, device: torch.device) -> Tensor:
+    """From pinned memory, or the host would wait for all that the device was told before."""
+    return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
+
+
 def lora_linear_forward(
     x: Tensor,
     R: Tensor,
@@ -130,8 +137,9 @@ def lora_linear_forward(
     dropout_p: float,
     trained: int,
 ) -> tuple[Tensor, Tensor]:
+    # Copies come first: the product may start under the launch that makes S.
     x, A, B = _aligned(x), _aligned(A), _aligned(B)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else _aligned(bias[None])[0]
     S = _padded_empty(x, A.shape[0])
     _project(_dropped(x, seed, dropout_p), A, S, scaling / keep_rate(dropout_p))
     y = _matmul(x, R, S, B, bias, overlaps=True)
@@ -239,7 +247,7 @@ def _matmul(
         R: (n, k), or (k, n); rows contiguous and aligned to 16 bytes.
         S: (M, r), r ≥ 1.
         B: (n, r), or (r, n).
-        bias: (n,).
+        bias: (n,), contiguous and aligned to 4 bytes.
         overlaps: may start before the launch before it ends, which made S and nothing else of this.
         tile_n, cluster: of csrc/lora_linear.h; 0 lets the shape decide.
 
@@ -254,7 +262,6 @@ def _matmul(
         S, B = _aligned(S), _aligned(B)
         low_rank = (S.data_ptr(), B.data_ptr(), S.shape[1], S.stride(0), B.stride(0))
     at_S, at_B, r, stride_S, stride_B = low_rank
-    bias = None if bias is None else bias.contiguous()
     module = native.module()
     assert module is not None
     module.lora_linear(
@@ -326,20 +333,12 @@ def _why_not_descend(group: Sequence[Tensor], state: DescentState, steps: int) -
             return f"takes up to 16 ranks, not {params.shape[0]}"
         if W.device.type != "cuda" or torch.version.cuda is None:
             return f"runs on NVIDIA GPUs; the tensors are on {W.device.type}"
-        if reason := _why_not_descend_on(W.device.index):
+        if reason := _why_not_on(W.device.index):
             return reason
         blocks = -(-W.shape[0] // _BLOCK) * -(-W.shape[1] // _BLOCK)
         if blocks > (most := _capacity(_ranks(params), W.device.index)):
             return f"keeps {most} blocks of 256 × 256 on chip, {tuple(W.shape)} has {blocks}"
     return None
-
-
-@cache
-def _why_not_descend_on(index: int) -> str | None:
-    module = native.module()
-    assert module is not None
-    reason: str | None = module.why_no_descend(index)
-    return reason
 
 
 @cache
@@ -372,5 +371,5 @@ def _why_not_lora_linear(*args: Any) -> str | None:
 def _why_not_on(index: int) -> str | None:
     module = native.module()
     assert module is not None
-    reason: str | None = module.why_no_lora_linear(index)
+    reason: str | None = module.why_no_hopper(index)
     return reason

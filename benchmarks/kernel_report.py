@@ -217,7 +217,7 @@ def _projections(
         lora_linear.sum_constants(ranks, (True, True, True)),
         arch,
         {},
-        aligned=_LORA_ALIGNED,
+        aligned=("K", "N"),
     )
 
 

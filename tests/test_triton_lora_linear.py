@@ -265,6 +265,8 @@ def case_any_strides() -> None:
     one.x = torch.cat([one.x, one.x], 1)[:, :64]
     one.dy = one.dy.T.contiguous().T
     one.R = torch.stack([one.R, one.R], -1)[..., 1]
+    assert one.bias is not None
+    one.bias = torch.stack([one.bias, one.bias], -1)[..., 1]
     one.A, one.B = one.A.T.contiguous().T, one.B.T.contiguous().T
     for got, wanted in zip(one.run(), expected, strict=True):
         assert_accurate(got, wanted.double().cpu().numpy(), wanted)

@@ -376,15 +376,16 @@ def _sessions_of(
     # Memory that a stream wrote last is only safe to free in that stream's order.
     devices = tuple((w.device, _stream(w.device)) for w in group)
     key = (tuple(problems), devices, constants)
-    if key not in _latest:
+    sessions = _latest.get(key)
+    if sessions is None:
         sessions = [
             _Session(form, group[members[0]].device, [problems[i] for i in members], constants)
             for form, members in _classes(group, problems)
         ]
-        _latest.clear()
+        _latest.clear()  # also of what another thread descends, which holds its own
         _latest[key] = sessions
         weakref.finalize(params[0], _latest.pop, key, None).atexit = False
-    return _latest[key]
+    return sessions
 
 
 def _stream(device: torch.device) -> int:

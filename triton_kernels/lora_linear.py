@@ -582,7 +582,8 @@ def adapted_matmul(
             tl.store(place, _round(acc, y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+# Nor for a single rank, which would be a constant.
+@triton.jit(do_not_specialize=(*_UNSPECIALIZED, "trained"))
 def sum_gradients(
     a_partials,
     b_partials,
@@ -785,7 +786,7 @@ def forward(
         plan, tma = _schedule((x, R, y), A, seed is not None, ranks > trained)
         scale = scaling / keep_rate(dropout_p)
         _project(x, A.contiguous(), S, seed, dropout_p, scale, plan.project)
-        b = B.contiguous()
+        b, bias = B.contiguous(), None if bias is None else bias.contiguous()
         _matmul(x, R, y, S[None], b, bias, None, 0.0, trained, True, tma, plan.matmul)
     return y, S
 
@@ -860,7 +861,8 @@ def _schedule(
 
 def _describable(tensor: Tensor) -> bool:
     aligned = tensor.data_ptr() % 16 == tensor.stride(0) * tensor.element_size() % 16 == 0
-    return aligned and tensor.stride(1) == 1
+    apart = tensor.stride(0) >= tensor.shape[1]  # not in the dy of `y.sum(0)`
+    return aligned and apart and tensor.stride(1) == 1
 
 
 def _project(

@@ -333,7 +333,7 @@ def test_disable_adapter_warns_that_the_base_is_a_residual():
         pass
 
 
-def test_ctrl_c_while_writing_leaves_a_whole_model(monkeypatch):
+def test_ctrl_c_while_writing_leaves_a_whole_model(monkeypatch, tmp_path):
     base = llama()
     model = adapted(base)
     residual = lora_init.Factors.residual
@@ -348,6 +348,9 @@ def test_ctrl_c_while_writing_leaves_a_whole_model(monkeypatch):
         lora_init.initialize(model, steps=STEPS, cache=False)
     assert distance(logits(model), logits(base)) < 1e-5
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert distance(logits(loaded), logits(base)) < 1e-5
 
 
 def test_ctrl_c_while_solving_changes_nothing(monkeypatch):

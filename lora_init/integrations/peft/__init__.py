@@ -153,16 +153,17 @@ def initialize(
             with model.disable_adapter():
                 before = run(forward)
 
-        commit(list(modules.values()), stored, adapter, kind)
-        # PEFT would otherwise run another initialisation over these factors when it rebuilds the
-        # adapter.
-        lora_config(model, adapter).init_lora_weights = True
+        # Before the weights are written: the model knows of them when Ctrl-C takes effect.
         notes = []
         if kind is None:
             detach(model, adapter)
         else:
             attach(model, adapter, start)
             notes.append(WEIGHT_DECAY_NOTE)
+        # PEFT would otherwise run another initialisation over these factors when it rebuilds the
+        # adapter.
+        lora_config(model, adapter).init_lora_weights = True
+        commit(list(modules.values()), stored, adapter, kind)
         if kind == "stored" and job.rank == 0:
             _warn_dropout(solved, modules, adapter)
         drift = None
@@ -280,9 +281,9 @@ def _rebuild(
 
     job.together(lambda: map_layers(check, list(own.values())))
     factors = dict(zip(start.layers, start.factors(), strict=True))
-    commit(list(modules.values()), [factors[name] for name in modules], adapter, kind)
-    lora_config(model, adapter).init_lora_weights = True
     attach(model, adapter, start)
+    lora_config(model, adapter).init_lora_weights = True
+    commit(list(modules.values()), [factors[name] for name in modules], adapter, kind)
 
 
 def _kind(start: Start) -> Residual:

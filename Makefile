@@ -47,5 +47,5 @@ gpu-check: venv
 	benchmarks/gpu_check.sh $(or $(OUT),gpu-check-out)
 
 clean:
-	rm -rf .venv .data build dist demo-out *.egg-info .*_cache .hypothesis
+	rm -rf .venv .data build dist demo-out *.egg-info .*_cache .hypothesis lora_init/_C.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -234,10 +234,11 @@ def self_test() -> Result:
     if reason := _no_cuda():
         return {"not measured": reason}
     device = torch.device("cuda", 0)
-    W, A, B = (torch.ones(shape, device=device) for shape in ((8, 8), (2, 8), (8, 2)))
+    shapes = ((8, 8), (2, 8), (8, 2))
+    W, A, B = (torch.ones(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
     found: Result = {"verdicts": {}, "failures": []}
     for name, one in backends.available().items():
-        if refusal := one.why_unsupported("dual_project", [W], [A], [B], "full"):
+        if refusal := one.why_unsupported("lora_linear", W, W, A, B):
             found["verdicts"][name] = f"not run: {refusal}"
             continue
         began = time.monotonic()

@@ -6,6 +6,13 @@
 # leaves gpu_check.json, summary.txt and log.txt in OUT_DIR; see benchmarks/gpu_check.py.
 # Needs no registry: it installs this checkout with what is there, and wheels carried in .whl/.
 # PYTHON names the interpreter. LORA_INIT_COMMIT names the commit where there is no .git.
+# lora_init._C is built for sm_90a alone, or for LORA_INIT_CUDA_ARCHS.
+#
+# Where a GPU is lent for a quarter of an hour, its start included, and has no registry, all fits
+# one loan:
+#
+#     python3 -m pip download --no-deps -d .whl platformdirs  # here: whatever is missing there
+#     GPU_CHECK_SECONDS=480 benchmarks/gpu_check.sh OUT_DIR   # there
 set -uo pipefail
 if [ $# -ne 1 ]; then
   echo "usage: $0 OUT_DIR" >&2
@@ -36,6 +43,7 @@ places = importlib.util.find_spec("lora_init").submodule_search_locations
 sys.exit(pathlib.Path("lora_init").resolve() not in [pathlib.Path(p).resolve() for p in places])
 EOF
 }
+export LORA_INIT_CUDA_ARCHS=${LORA_INIT_CUDA_ARCHS:-90a-real}
 installed || "$python" -m pip install --quiet --no-deps --no-build-isolation -e . ||
   echo "could not install lora-init: parts that need it will say so" >&2
 

@@ -240,7 +240,9 @@ def test_gpu_near_the_reference(shapes: Shapes, solver: str, dtype: torch.dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shapes", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize(
+    "shapes", [*GROUPS.values(), [(1700, 2200, 16)]], ids=[*GROUPS, "slices of two sizes"]
+)
 def test_gpu_bits_depend_on_neither_group_nor_calls(shapes: Shapes) -> None:
     weights, expected = start(shapes, device="cuda")
     run_on_gpu(weights, expected, 20)

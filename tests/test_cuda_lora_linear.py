@@ -298,6 +298,26 @@ def test_the_product_waits_for_the_low_rank_operand_that_it_overtakes() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_cuda")
+def test_launches_that_overlap_have_the_bits_of_launches_that_wait() -> None:
+    x, R, A, B, _ = operands((2048, 4096, 4096, 16), torch.bfloat16)
+    dy = torch.randn_like(x)
+    both = {"transposed_x": True, "transposed_f": True}
+    for _ in range(10):
+        _, S = cuda.lora_linear_forward(x, R, A, B, None, None, 2.0, 0.0, 16)
+        poison()
+        got = cuda.lora_linear_backward(dy, x, R, A, B, S, None, 2.0, 0.0, 16, [True] * 4)
+        dS, dB, dA = (torch.full_like(t, torch.nan) for t in (S, B, A))
+        cuda._project(dy, B, dS, 2.0, transposed_f=True)
+        dx = cuda._matmul(dy, R, dS, A, transposed=True)
+        cuda._project(dy, S, dB, **both)
+        cuda._project(x, dS, dA.T, **both)
+        for one, other in zip(got, (dx, dA, dB), strict=False):
+            assert torch.equal(one, other)
+        x, dy = x.roll(1, 0), dy.roll(1, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cuda")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_forward_and_gradients_against_fp64(
@@ -333,6 +353,8 @@ def test_rows_apart_no_rows_and_another_stream() -> None:
     wide_R = torch.cat([R, R], 1)[:, :136]
     for view in (apart, every_second):
         assert torch.equal(lora_linear(view, wide_R, A, B, bias=bias), expected)
+    odd_bias = torch.cat([bias[:1], bias])[1:]
+    assert torch.equal(lora_linear(x, R, A, B, bias=odd_bias), expected)
     assert lora_linear(x[:0], R, A, B, bias=bias).shape == (0, 264)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -262,12 +262,15 @@ Run = Callable[[Sequence[Operands]], list]
 
 
 def projected(items: Sequence[Operands]) -> list:
-    return dual_project(*columns_of(items))
+    columns = columns_of(items)
+    skip_unless_it_can("dual_project", *columns, "full")
+    return dual_project(*columns)
 
 
 def descended(items: Sequence[Operands], calls: Sequence[int] = (30,)) -> list:
     weights, A, B = columns_of(items)
     state = DescentState.start(A, B, Optimizer())
+    skip_unless_it_can("descend", weights, state, 1)
     for steps in calls:
         descend(weights, state, steps)
     return [(p, *moments) for p, moments in zip(state.params, state.moments, strict=True)]
@@ -275,11 +278,6 @@ def descended(items: Sequence[Operands], calls: Sequence[int] = (30,)) -> list:
 
 @pytest.fixture(params=[projected, descended], ids=["dual_project", "descend"])
 def run(request: pytest.FixtureRequest, name: str) -> Run:
-    weights, A, B = columns_of([operands((8, 8, 2), torch.float32)])
-    if request.param is projected:
-        skip_unless_it_can("dual_project", weights, A, B, "full")
-    else:
-        skip_unless_it_can("descend", weights, DescentState.start(A, B, Optimizer()), 1)
     return request.param
 
 
@@ -328,8 +326,6 @@ def test_inputs_may_be_freed_and_their_memory_reused_at_once(run: Run, dtype: to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_replayed_and_split_descents_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
     items = [operands(shape, dtype) for shape in GROUP]
-    weights, A, B = columns_of(items)
-    skip_unless_it_can("descend", weights, DescentState.start(A, B, Optimizer()), 1)
     expected = descended(items, [63])  # three graphs of 20 steps, and three steps
     for calls in ([63], [20, 43], [25, 0, 37, 1], [1] * 63):
         assert_same_bits(descended(items, calls), expected)
@@ -426,6 +422,15 @@ def test_pissa_comes_as_near_the_minimum_as_it_says(name: str, dtype: torch.dtyp
         # None of 640 stops at this tol was above it (`solve/krylov.py`), but each is an estimate.
         assert (exact - minimum) / minimum <= 1.25e-4
         assert factors.info["converged"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pissa_of_a_layer_has_the_same_bits_alone(dtype: torch.dtype) -> None:
+    weights = {key: decaying(*shape, dtype).to(DEVICE) for key, shape in LAYERS.items()}
+    together = approximate(weights, r=8, method="pissa", cache=False)
+    for key, w in weights.items():
+        alone = approximate({key: w}, r=8, method="pissa", cache=False)[key]
+        assert_same_bits((alone.A, alone.B), (together[key].A, together[key].B))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

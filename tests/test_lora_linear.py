@@ -226,30 +226,6 @@ def test_backward_uses_the_backend_of_the_forward(recorder: Recorder) -> None:
     assert len(recorder.calls) == 1
 
 
-@pytest.mark.parametrize(
-    ("needed", "call"),
-    [
-        # dx, dA, dB, dbias, and whether x and S were kept for them
-        pytest.param("xABb", (True, True, True, True, True, True), id="all"),
-        pytest.param("AB", (False, True, True, False, True, True), id="frozen x"),
-        pytest.param("xB", (True, False, True, False, False, True), id="frozen A"),
-        pytest.param("xA", (True, True, False, False, True, False), id="frozen B"),
-        pytest.param("x", (True, False, False, False, False, False), id="x only"),
-        pytest.param("b", (False, False, False, True, False, False), id="bias only"),
-    ],
-)
-def test_only_what_is_needed_is_computed(
-    needed: str, call: tuple[bool, ...], recorder: Recorder
-) -> None:
-    x, R, A, B, bias = make()
-    for name, tensor in {"x": x, "A": A, "B": B, "b": bias}.items():
-        tensor.requires_grad_(name in needed)
-    with backend("recorder"):
-        got = run(lora_linear, x, R, A, B, bias)
-    assert recorder.calls == [call]
-    assert_close(got, run(plain, x, R, A, B, bias))
-
-
 def test_no_grad_records_nothing() -> None:
     tensors = make()[:4]
     with torch.no_grad():
@@ -528,24 +504,34 @@ def test_start_gradcheck(dropout_p: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("op", "expression"), [(lora_linear, plain), (started, plain_started)], ids=["", "start"]
+)
+@pytest.mark.parametrize(
     ("needed", "call"),
     [
+        # dx, dA, dB, dbias, and whether x and S were kept for them
         pytest.param("xABb", (True, True, True, True, True, True), id="all"),
         pytest.param("AB", (False, True, True, False, True, True), id="frozen x"),
         pytest.param("xB", (True, False, True, False, False, True), id="frozen A"),
+        pytest.param("xA", (True, True, False, False, True, False), id="frozen B"),
         pytest.param("x", (True, False, False, False, False, False), id="x only"),
+        pytest.param("b", (False, False, False, True, False, False), id="bias only"),
     ],
 )
-def test_start_computes_only_what_is_needed(
-    needed: str, call: tuple[bool, ...], recorder: Recorder
+def test_only_what_is_needed_is_computed(
+    op: Callable[..., Tensor],
+    expression: Callable[..., Tensor],
+    needed: str,
+    call: tuple[bool, ...],
+    recorder: Recorder,
 ) -> None:
     x, R, A, B, bias = make()
     for name, tensor in {"x": x, "A": A, "B": B, "b": bias}.items():
         tensor.requires_grad_(name in needed)
     with backend("recorder"):
-        got = run(started, x, R, A, B, bias)
+        got = run(op, x, R, A, B, bias)
     assert recorder.calls == [call]
-    assert_close(got, run(plain_started, x, R, A, B, bias))
+    assert_close(got, run(expression, x, R, A, B, bias))
 
 
 def test_start_under_autocast_and_no_grad() -> None:

@@ -25,6 +25,9 @@ class LoRALinear(nn.Module):
         layer.initialize(found["q_proj"], residual="virtual")
         model.q_proj = layer
 
+    `approximate` also self-tests the kernels on the weights' device; without it, or for another
+    device, `lora_init.selftest.ensure({device})` does.
+
     The state dict has PEFT's names: `base_layer.weight` (out, in), `base_layer.bias` (out,),
     `lora_A.default.weight` (r, in), `lora_B.default.weight` (out, r); with a virtual residual also
     its start, `lora_A0` (r, in) and `lora_B0` (out, r), which loading brings along.

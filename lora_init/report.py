@@ -17,7 +17,7 @@ from lora_init.methods import Layer, Method
 from lora_init.parallel import map_layers
 
 WEIGHT_DECAY_NOTE = (
-    "train A and B with weight_decay=0: decay pulls B·A to 0, away from the A₀, B₀ that the base's "
+    "train A and B with weight_decay=0: decay pulls B·A to 0, away from the A₀, B₀ that the "
     "residual is made for"
 )
 # Relative distance ‖R + s·BA − W‖/‖W‖ of the start from the pretrained layer. Rounding alone

@@ -98,7 +98,9 @@ def initialisable_modules(
         shared = _sharing(model, found)
         for name, module in found.items():
             if reason := _why_base_must_stay(module, adapter) or shared.get(name):
-                raise _refusal(name, reason, 'residual="virtual" leaves the base as it is, or ')
+                raise _refusal(
+                    name, reason, 'initialize(residual="virtual") leaves the base as it is, or '
+                )
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init.backends import Backend, available, backend, distrust, reference
+from lora_init.backends import Backend, available, backend, distrust, may_run, reference
 from lora_init.cache import default_directory, write_atomically
 from lora_init.distributed import Ranks
 from lora_init.ops.descend import DescentState, Optimizer, descend
@@ -45,8 +45,9 @@ _verdicts: dict[tuple[str, torch.device], Verdict] = {}
 
 
 def ensure(devices: Iterable[torch.device], job: Ranks | None = None) -> None:
-    """Test every backend with kernels on these devices, unless that was done before, and refuse
-    what fails from then on, with a warning.
+    """Test every backend with kernels that calls on these devices can come to, unless that was done
+    before, and refuse what fails from then on, with a warning. What no call comes to is not run: a
+    kernel that hangs would be the first that a user hears of it.
 
     Args:
         job: the ranks that call this together; what fails on one is used on none.
@@ -57,12 +58,13 @@ def ensure(devices: Iterable[torch.device], job: Ranks | None = None) -> None:
     for name, one in available().items():
         if not hasattr(one, "fingerprint"):
             continue
-        for device in devices:
+        tested = [d for d in devices if any(may_run(one, op, d) for op in _TESTS)]
+        for device in tested:
             if (name, device) not in _verdicts:
                 _verdicts[name, device] = _remembered(one, device)
         own = {
             op: f"on {device_name(device)}, {reason}"
-            for device in devices
+            for device in tested
             for op, reason in _verdicts[name, device].items()
             if reason
         }

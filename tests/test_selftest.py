@@ -183,6 +183,17 @@ def test_it_can_be_skipped(kernels: object, monkeypatch: pytest.MonkeyPatch) -> 
     assert kernels.calls == []
 
 
+def test_kernels_that_no_call_comes_to_are_not_run(kernels: object) -> None:
+    kernels.why_not_auto = lambda op, *args: "not measured"
+    assert ensure() == []
+    with backend("reference"):
+        assert ensure() == []
+    assert kernels.calls == []
+    with backend("kernels"):
+        assert ensure() == []
+    assert kernels.calls != []
+
+
 def test_what_fails_on_another_rank_is_not_used_here(kernels: object) -> None:
     class Job(Ranks):
         def gather(self, value: object) -> list[object]:

@@ -7,8 +7,8 @@ A backend is a module in this package with
 - one function per op it has, named like the op (`dual_project`, `descend`, ...);
 - of one with kernels, `fingerprint()`, which changes when they do and has it self-tested, and
   `VERIFIED`, the ops that a committed result shows running on a GPU,
-- if it likes, `why_not_auto(op, *args)`: why `auto` leaves a call to the next one that this one
-  could run.
+- if it likes, `why_not_auto(op, *args)`: why `auto` leaves calls of an op on a device to the next
+  one that this one could run.
 
 An explicitly asked-for backend (`LORA_INIT_BACKEND`, `with backend(name)`) runs or raises with the
 reason; only `auto` falls through to the next one, and logs why at DEBUG. What failed its self-test
@@ -114,6 +114,17 @@ def explain(op: str, *args: Any) -> str:
         lines.append(f"{candidate.NAME}: {reason or 'could, but comes later'}")
     how = "the first that can is taken" if asked == "auto" else f"{asked!r} was asked for"
     return "\n".join([f"{op}: {how}", *lines])
+
+
+def may_run(one: Backend, op: str, device: torch.device) -> bool:
+    """Whether a call of `op` on a device can come to a backend: it was asked for, or `auto` does not
+    leave all of them to the next.
+    """
+    asked = _asked()
+    if asked != "auto":
+        return one.NAME == asked
+    probe = torch.empty(0, device=device)
+    return not hasattr(one, "why_not_auto") or one.why_not_auto(op, probe) is None
 
 
 def distrust(name: str, op: str, device: torch.device, reason: str) -> bool:

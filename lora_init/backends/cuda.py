@@ -44,9 +44,10 @@ def why_unsupported(op: str, *args: Any) -> str | None:
 
 
 def why_not_auto(op: str, *args: Any) -> str | None:
-    """Why `auto` passes it over for a call that it could run."""
+    """Why `auto` passes it over for calls on a device that it could run."""
     device = args[0].device if isinstance(args[0], Tensor) else args[0][0].device
-    if torch.cuda.get_device_capability(device) in _FASTER.get(op, ()):
+    faster = _FASTER.get(op, ())
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) in faster:
         return None
     return "no committed result shows it faster here"
 

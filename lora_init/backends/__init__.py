@@ -117,12 +117,12 @@ def explain(op: str, *args: Any) -> str:
 
 
 def may_run(one: Backend, op: str, device: torch.device) -> bool:
-    """Whether a call of `op` on a device can come to a backend: it was asked for, or `auto` does not
-    leave all of them to the next.
+    """Whether calls of `op` on a device can come to a backend: it was asked for, or `auto` does not
+    leave them to the next.
     """
     asked = _asked()
     if asked != "auto":
-        return one.NAME == asked
+        return asked == one.NAME
     probe = torch.empty(0, device=device)
     return not hasattr(one, "why_not_auto") or one.why_not_auto(op, probe) is None
 

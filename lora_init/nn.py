@@ -195,14 +195,17 @@ class LoRALinear(nn.Module):
         weight.copy_(weight + delta.mul_(sign * self.scaling))
         self.merged = sign > 0
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = [name for name in ("lora_A0", "lora_B0") if prefix + name in state_dict]
+        if len(names) == 1 and self.start is None:
+            args[-1].append(
+                f"{prefix}{names[0]} is half of a virtual start: lora_A0 and lora_B0 go together"
+            )
+            return
         # A layer that is made anew has no start yet to load one into.
-        for name, like in (("lora_A0", self.A), ("lora_B0", self.B)):
-            if prefix + name in state_dict and getattr(self, name) is None:
-                setattr(self, name, torch.empty_like(like.detach()))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if names and self.start is None:
+            self.lora_A0, self.lora_B0 = (torch.empty_like(t.detach()) for t in (self.A, self.B))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class StackedLoRALinear(nn.Module):

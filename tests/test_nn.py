@@ -352,3 +352,14 @@ def test_layers_that_cannot_be_stacked_are_refused() -> None:
     layers["k"].merge()
     with pytest.raises(LoraInitError, match="k is merged"):
         stacked(inputs(torch.float64))
+
+
+def test_half_a_start_is_not_loaded() -> None:
+    module = layer()
+    module.initialize(factors(), "virtual")
+    state = module.state_dict()
+    del state["lora_B0"]
+    fresh = layer()
+    with pytest.raises(RuntimeError, match="lora_A0 is half of a virtual start"):
+        fresh.load_state_dict(state)
+    assert fresh.start is None

@@ -99,6 +99,7 @@ class DescendTable:
             of its state, its first block and its first counter.
         blocks: of all matrices.
         most_blocks: of the largest.
+        counter_bytes: of all counters, which start at zero.
     """
 
     layers: np.ndarray
@@ -373,4 +374,7 @@ def _why_not_on(index: int) -> str | None:
     module = native.module()
     assert module is not None
     reason: str | None = module.why_no_hopper(index)
+    # On a GPU that it was not built for, a kernel is empty.
+    if reason is None and "90a" not in module.archs:
+        reason = f"was built for {module.archs}, not for 90a: LORA_INIT_CUDA_ARCHS"
     return reason

@@ -271,6 +271,9 @@ def tests() -> Result:
     # Most of their time is compilation, one kernel at a time in each process.
     if importlib.util.find_spec("xdist"):
         arguments += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+    # A kernel that hangs takes its own test with it, not the report.
+    if importlib.util.find_spec("pytest_timeout"):
+        arguments += ["--timeout=100", "--timeout-method=thread"]
     code = int(pytest.main([*arguments, *files]))
     if not report.exists():
         return {"failed": f"pytest ended with {code} and left no report"}

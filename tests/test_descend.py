@@ -263,6 +263,8 @@ def test_bad_calls_are_refused() -> None:
     half = start([(5, 4, 2)], dtype=torch.bfloat16)[1]
     with pytest.raises(LoraInitError, match=r"float32 or float64, got torch\.bfloat16"):
         descend(group, half, 1)
+    with pytest.raises(LoraInitError, match=r"matrix 0: W \(5, 0\) has no elements"):
+        descend([group[0][:, :0]], DescentState.start([state.A[0][:, :0]], state.B, Optimizer()), 1)
     assert (state.step, half.step) == (0, 0)
 
 

@@ -109,7 +109,8 @@ def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
         steps: how many, ≥ 0.
 
     Raises:
-        LoraInitError: shapes, dtypes or devices do not fit, or a count is negative.
+        LoraInitError: shapes, dtypes or devices do not fit, a matrix has no elements, or a count is
+            negative.
     """
     if steps < 0:
         raise LoraInitError(f"steps must be ≥ 0, got {steps}")
@@ -117,6 +118,8 @@ def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
         raise LoraInitError(f"descend got {len(group)} matrices for a state of {len(state.params)}")
     for i, (w, a, b) in enumerate(zip(group, state.A, state.B, strict=True)):
         check_operands(f"matrix {i}", w, a, b)
+        if w.numel() == 0:
+            raise LoraInitError(f"matrix {i}: W {tuple(w.shape)} has no elements: leave it out")
         if a.dtype not in (torch.float32, torch.float64):
             raise LoraInitError(
                 f"matrix {i}: factors are descended in float32 or float64, got {a.dtype}"

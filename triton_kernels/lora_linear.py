@@ -706,16 +706,18 @@ def schedule(
     if dtypes[0] == torch.float32:
         matmul = _MATMUL_FP32
     else:
-        kinds = _MATMUL.get(capability, _MATMUL_SAFE) if tma else _MATMUL_SAFE
+        kinds = (_MATMUL if tma else _MATMUL_POINTERS).get(capability, _MATMUL_SAFE)
         matmul = kinds[halves]
+    size, wide = magnitude(rows), padded(ranks, dtypes)
     if torch.float32 in dtypes:
-        return Schedule(matmul, **(_SKINNY_SPLIT if _split_factors(dtypes) else _SKINNY_FP32))
-    size, wide = magnitude(rows), padded(ranks)
+        if not _split_factors(dtypes):
+            return Schedule(matmul, **_SKINNY_FP32)
+        return Schedule(matmul, **(_SKINNY_SPLIT | (_SPLIT_WIDE if wide > 32 else {})))
     project = Tile(16, 256, 4, 4, maxnreg=255 if dropout else None)
     if size == _ROWS[-1]:
         project = Tile(64, 128, 4, 3) if dropout else Tile(64, 256, 4, 3)
     if wide > 16:
-        project = Tile(project.rows, 128, 8, 3)
+        project = Tile(project.rows, 128, 8, 3, maxnreg=255)
     both = _BOTH.get(capability, _BOTH_SAFE)[size]
     return Schedule(matmul, project, both, _COLUMNS[dropout][wide])
 
@@ -736,6 +738,7 @@ _MATMUL: dict[tuple[int, int], tuple[Matmul, Matmul]] = {
     (10, 0): (Matmul(128, 128, 64, 8, 3), Matmul(128, 128, 64, 8, 3)),
 }
 _MATMUL_SAFE = (Matmul(128, 128, 32, 8, 3), Matmul(64, 128, 32, 8, 3))
+_MATMUL_POINTERS = {(10, 0): (_MATMUL_SAFE[0], Matmul(64, 128, 32, 8, 2))}
 _MATMUL_FP32 = Matmul(64, 128, 16, 8, 2)
 _BOTH = {
     (9, 0): {2048: Tile(64, 64, 4, 6), 4096: Tile(128, 64, 4, 5), 8192: Tile(256, 64, 8, 4)},
@@ -751,6 +754,7 @@ _SKINNY_SPLIT = {
     "both": Tile(64, 64, 4, 3),
     "columns": Tile(32, 128, 8, 3),
 }
+_SPLIT_WIDE = {"project": Tile(16, 128, 8, 3, maxnreg=255)}
 _SKINNY_FP32 = {
     "project": Tile(16, 128, 8, 1, maxnreg=255),
     "both": Tile(32, 64, 8, 2, maxnreg=255),

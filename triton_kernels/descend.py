@@ -5,10 +5,11 @@
    and leaves what the next step needs: their Gram matrices by column tile, and the factors packed
    as `products` reads them.
 
-Bytes of a step at 4096², bf16, r = 16 (W: 33.5 MB): partials 4.2 MB (12.5%), packed factors 0.5 MB
-written and read, parameters and moments 3.1 MB (the floor's own). The other split, row blocks over
-the whole width with B's step in the epilogue, writes no partial of W Aᵀ, but its BᵀW costs 12.5%
-with 8 programs a layer, 25% with 16, and a program that descends B holds its tile of W meanwhile.
+Bytes of a step at 4096², bf16, r = 16 (W: 33.5 MB): partials 8.9 MB (27%; `common.plan` says why
+not fewer), packed factors 0.5 MB written and read, parameters and moments 3.1 MB (the floor's own).
+The other split, row blocks over the whole width with B's step in the epilogue, writes no partial of
+W Aᵀ, but its BᵀW costs 12.5% with 8 programs a layer, 25% with 16, and a program that descends B
+holds its tile of W meanwhile.
 
 A group of several dtypes, memory orders or rank classes takes two launches for each.
 

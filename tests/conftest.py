@@ -1,6 +1,8 @@
 """Real models and data as fixtures, and what every test runs under."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -54,3 +56,46 @@ def smollm2_dir() -> Path:
 @pytest.fixture(scope="session")
 def movie_reviews() -> list[tuple[str, int]]:
     return _fetch(data.movie_reviews)
+
+
+# For the files whose case_* run Triton kernels: tests/test_triton_*.py.
+
+
+@pytest.fixture
+def run_cases(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Runs the test file's case_* in a new process, with more options and environment."""
+
+    def run(*options: str, **environment: str) -> None:
+        left_out = ("PYTEST_ADDOPTS", "TRITON_INTERPRET")
+        kept = {k: v for k, v in os.environ.items() if k not in left_out}
+        alone = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "python_functions=case_*"]
+        command = [sys.executable, "-m", "pytest", str(request.path), *alone, *options]
+        done = subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All memory that kernels are given to write starts as NaN."""
+    from lora_init.triton_kernels import common
+
+    scratch = common.scratch
+    monkeypatch.setattr(common, "scratch", lambda *args: scratch(*args).fill_(float("nan")))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched so far."""
+    from lora_init.triton_kernels import common
+
+    names: list[str] = []
+    launch = common.launch
+
+    def counted(kernel: object, *args: object, **options: object) -> None:
+        names.append(kernel.__name__)  # type: ignore[attr-defined]
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(common, "launch", counted)
+    return names

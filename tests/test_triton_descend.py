@@ -5,8 +5,6 @@ The functions called case_* run kernels, see test_triton_dual_project.py.
 
 import gc
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -22,6 +20,8 @@ from lora_init.testing import gaussian, transposed
 pytest.importorskip("triton")
 from lora_init.triton_kernels import common, descend
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Out of how far the parts of a factor beside W's dtype reach, 2⁻¹⁷ for bf16, where a gradient near
@@ -29,27 +29,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-5}
 
 
-def run_cases(*options: str, **environment: str) -> None:
-    """This file's case_* in a new process."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "TRITON_INTERPRET")}
-    alone = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "python_functions=case_*"]
-    command = [sys.executable, "-m", "pytest", __file__, *alone, *options]
-    done = subprocess.run(command, env=kept | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("which", ["long", "not long"])
-def test_kernels_under_the_interpreter(which: str) -> None:
+def test_kernels_under_the_interpreter(run_cases: Callable[..., None], which: str) -> None:
     run_cases("-k", which, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.slow
-def test_long_descents_under_the_interpreter() -> None:
+def test_long_descents_under_the_interpreter(run_cases: Callable[..., None]) -> None:
     run_cases("-m", "slow", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu
-def test_kernels_on_the_gpu() -> None:
+def test_kernels_on_the_gpu(run_cases: Callable[..., None]) -> None:
     run_cases("-m", "slow or not slow")
 
 
@@ -63,27 +54,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A100's, which take half the interpreter's time."""
     if INTERPRETED:
         monkeypatch.setattr(common, "capability_of", lambda device: (8, 0))
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All memory that kernels are given to write starts as NaN."""
-    scratch = common.scratch
-    monkeypatch.setattr(common, "scratch", lambda *args: scratch(*args).fill_(float("nan")))
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels launched so far."""
-    names: list[str] = []
-    launch = common.launch
-
-    def counted(kernel: object, *args: object, **options: object) -> None:
-        names.append(kernel.__name__)  # type: ignore[attr-defined]
-        launch(kernel, *args, **options)
-
-    monkeypatch.setattr(common, "launch", counted)
-    return names
 
 
 Shapes = Sequence[tuple[int, int, int]]

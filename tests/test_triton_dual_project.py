@@ -24,25 +24,18 @@ from lora_init.testing import SHAPES, assert_accurate, gaussian, misaligned, pro
 pytest.importorskip("triton")
 from lora_init.triton_kernels import common, dual_project
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def run_cases(**environment: str) -> None:
-    """This file's case_* in a new process."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "TRITON_INTERPRET")}
-    options = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "python_functions=case_*"]
-    command = [sys.executable, "-m", "pytest", __file__, *options]
-    done = subprocess.run(command, env=kept | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_kernels_under_the_interpreter() -> None:
+def test_kernels_under_the_interpreter(run_cases: Callable[..., None]) -> None:
     run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu
-def test_kernels_on_the_gpu() -> None:
+def test_kernels_on_the_gpu(run_cases: Callable[..., None]) -> None:
     run_cases()
 
 
@@ -63,27 +56,6 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         pytest.skip("a GPU has its own")
     if request.param:
         monkeypatch.setattr(common, "capability_of", lambda device: request.param)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All memory that kernels are given to write starts as NaN."""
-    scratch = common.scratch
-    monkeypatch.setattr(common, "scratch", lambda *args: scratch(*args).fill_(float("nan")))
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels launched so far."""
-    names: list[str] = []
-    launch = common.launch
-
-    def counted(kernel: object, *args: object, **options: object) -> None:
-        names.append(kernel.__name__)  # type: ignore[attr-defined]
-        launch(kernel, *args, **options)
-
-    monkeypatch.setattr(common, "launch", counted)
-    return names
 
 
 def operands(

@@ -129,7 +129,7 @@ def open_cache(option: CacheOption, method: Method) -> Cache | None:
 
 def key(layer: Layer, method: Method, resolved: dict[str, Any]) -> str:
     """What a layer's factors depend on: weight content, method, options, rank, scaling, seed and
-    name.
+    name, and what was collected of data.
     """
     identity = {
         "format": _FORMAT,
@@ -141,6 +141,10 @@ def key(layer: Layer, method: Method, resolved: dict[str, Any]) -> str:
         "seed": layer.seed,
         "name": layer.name,
     }
+    if layer.statistics:
+        identity["statistics"] = {
+            key: weight_digest(value) for key, value in sorted(layer.statistics.items())
+        }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

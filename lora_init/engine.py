@@ -35,6 +35,7 @@ def approximate(
     *,
     scaling: float | Mapping[str, float] = 1.0,
     seed: int = 0,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     cache: CacheOption = "auto",
     progress: bool | None = None,
     group_bytes: GroupBytes = "auto",
@@ -48,6 +49,8 @@ def approximate(
         method: a name from `lora_init.methods()` or a method object.
         scaling: s > 0 in W ≈ s·B·A, or name -> s.
         seed: with the layer's name it decides every random draw.
+        statistics: name -> what a method that starts from data needs of the layer, by key (see its
+            `statistics`).
         cache: True, False, a directory, or "auto" (on for methods that descend).
         progress: True or False, or None for a bar on terminals only.
         group_bytes: layers are solved in groups that need at most so much memory beyond their
@@ -70,6 +73,7 @@ def approximate(
             _per_layer(r, name, "r"),
             _per_layer(scaling, name, "scaling"),
             seed,
+            (statistics or {}).get(name, {}),
         )
         for name, weight in weights.items()
     ]
@@ -259,6 +263,13 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
             raise LoraInitError(
                 f"{name}: the scaling must be a number > 0, got {scaling!r} (see lora_alpha)"
             )
+        for key in (key for needed in method.statistics(layer) for key in needed.keys):
+            if key not in layer.statistics:
+                raise LoraInitError(
+                    f"{name}: {method.name} starts from data, and {key!r} of this layer is not "
+                    "there: pass "
+                    f"calibration=lora_init.Calibration(dataloader) to lora_init.initialize"
+                )
     for layer, energy in zip(layers, energies(layers), strict=True):
         # Only a finite energy is final: its squares overflow before W does.
         if not math.isfinite(energy) and not _is_finite(layer.weight):

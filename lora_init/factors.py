@@ -9,10 +9,14 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+# Where W − s·B₀A₀ is: stored in the base weight's place, or W stays and the layer subtracts. None:
+# W stays, and the start is W + s·B₀A₀ (W where B₀A₀ is 0).
+Residual = Literal["stored", "virtual"] | None
 
 # Rows are taken in blocks of about this many elements, so that a pass over W needs a few megabytes
 # of scratch whatever W's size, and so that the split depends on W's shape alone (same inputs, same
@@ -132,12 +136,10 @@ class Factors:
         return float(total)  # the only time that the host waits for a GPU
 
     @torch.no_grad()
-    def fit(self, weight: Tensor, name: str = "layer", stored: bool = True) -> Fit:
-        """How well s·B·A and the start R + s·B·A fit W: one pass over W by row blocks, R is never
-        whole.
+    def fit(self, weight: Tensor, name: str = "layer", residual: Residual = "stored") -> Fit:
+        """How well s·B·A and the start fit W: one pass over W by row blocks, R is never whole.
 
-        Args:
-            stored: R is to be stored in W's dtype; else the start is W itself.
+        The start is R + s·B·A with R stored in W's dtype, W itself ("virtual"), or W + s·B·A.
 
         Raises:
             LoraInitError: as `residual`.
@@ -151,11 +153,13 @@ class Factors:
             difference = exact - product
             squares += _squared_norm(difference)
             energy += _squared_norm(exact)
-            if not stored:
+            if residual == "virtual":
                 continue
-            R = _rounded_once(difference, weight.dtype).to(weight.dtype)
-            _check_finite(R, name)
-            error = product.add_(R).sub_(exact)
+            error = product
+            if residual == "stored":
+                R = _rounded_once(difference, weight.dtype).to(weight.dtype)
+                _check_finite(R, name)
+                error = product.add_(R).sub_(exact)
             drift += _squared_norm(error)
             worst = max(worst, _largest(error))
         scale = energy or self.norm() ** 2
@@ -179,9 +183,9 @@ class Fit:
     Attributes:
         squares: ‖W − s·B·A‖²_F.
         energy: ‖W‖²_F.
-        start_error: largest |R + s·B·A − W|.
-        start_drift: ‖R + s·B·A − W‖_F / ‖W‖_F, or relative to ‖s·B·A‖_F where W is zero: the
-            rounding of R is all that is there.
+        start_error: largest |start − W|.
+        start_drift: ‖start − W‖_F / ‖W‖_F, or relative to ‖s·B·A‖_F where W is zero. Of a stored
+            residual its rounding is all that is there.
     """
 
     squares: float

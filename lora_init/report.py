@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_init.factors import Factors, LoraInitError
+from lora_init.factors import Factors, LoraInitError, Residual
 from lora_init.methods import Layer, Method
 from lora_init.parallel import map_layers
 
@@ -37,7 +37,8 @@ class LayerReport:
         loss: mean((W − s·BA)²), from a pass over W with the factors as stored.
         relative_error: ‖W − s·BA‖_F / ‖W‖_F.
         start_error: largest |R + s·BA − W| (base as stored; R = W for methods that leave it).
-        start_drift: ‖R + s·BA − W‖_F / ‖W‖_F.
+        start_drift: ‖R + s·BA − W‖_F / ‖W‖_F: rounding, unless the method leaves the base and
+            starts from BA ≠ 0.
         bound: the smallest relative_error that rank r allows (Eckart–Young), if it was computed.
         info: from the solver (steps, trace, ...).
     """
@@ -202,18 +203,16 @@ def self_check(
         LoraInitError: a residual overflows its dtype, or a start is further than `MAX_START_DRIFT`
             from W.
     """
-    reports = measure(layers, factors, method.residual)
-    judge(reports, layers)
+    residual: Residual = "stored" if method.residual else None
+    reports = measure(layers, factors, residual)
+    judge(reports, layers, residual)
     return reports
 
 
 def measure(
-    layers: Sequence[Layer], factors: Sequence[Factors], residual: bool
+    layers: Sequence[Layer], factors: Sequence[Factors], residual: Residual
 ) -> list[LayerReport]:
     """Report on each layer from its weight and its factors *as stored*.
-
-    Args:
-        residual: whether R = W − s·B·A is to be stored in W's place.
 
     Raises:
         LoraInitError: a residual overflows its dtype.
@@ -240,8 +239,14 @@ def measure(
     return map_layers(one, pairs, cost=lambda pair: pair[0].weight.numel())
 
 
-def judge(reports: Sequence[LayerReport], layers: Sequence[Layer], warn: bool = True) -> None:
-    """Warn of the worst start if it is further than `WARN_START_DRIFT` from W (unless not `warn`).
+def judge(
+    reports: Sequence[LayerReport],
+    layers: Sequence[Layer],
+    residual: Residual,
+    warn: bool = True,
+) -> None:
+    """Warn of the worst start if its stored residual is further than `WARN_START_DRIFT` from W
+    (unless not `warn`). A start that is not meant to be W is only reported.
 
     Args:
         layers: of the reports at least; only their names and dtypes are looked at.
@@ -249,6 +254,8 @@ def judge(reports: Sequence[LayerReport], layers: Sequence[Layer], warn: bool = 
     Raises:
         LoraInitError: it is further than `MAX_START_DRIFT` away.
     """
+    if residual != "stored":
+        return
     worst = max(reports, key=lambda report: report.start_drift)
     dtype = next(layer.weight.dtype for layer in layers if layer.name == worst.name)
     message = (

@@ -330,7 +330,7 @@ def _write_adapter(stream: Stream, files: Mapping[str, str], original: str) -> l
     """Write the step-0 adapter from the finished layers; returns their reports."""
     finished = [stream.finished(i) for i in range(len(stream.layers))]
     stored, reports = [factors for factors, _ in finished], [report for _, report in finished]
-    judge(reports, stream.layers)
+    judge(reports, stream.layers, stream.residual_kind)
     directory = stream.journal.outputs / ADAPTER
     for name, text in files.items():
         write_atomically(directory / name, text.encode())

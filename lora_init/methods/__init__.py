@@ -10,10 +10,10 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from lora_init.factors import Factors, LoraInitError, row_blocks, weight_digest
 from lora_init.ops.dual_project import product_dtype
 from lora_init.parallel import map_layers, values
+from lora_init.statistics import Statistic
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Layer:
         r: rank of the factors.
         scaling: s in W ≈ s·B·A, > 0.
         seed: of the run; `generator` mixes the name in.
+        statistics: what was collected of user data, by the keys of `Method.statistics`.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Layer:
     r: int
     scaling: float = 1.0
     seed: int = 0
+    statistics: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def module_type(self) -> str:
@@ -112,6 +115,9 @@ def _squared_norm(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms, dtype=torch.float64).square()
 
 
+Needs = Literal["nothing", "activations", "gradients", "training"]
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """An initialiser; its dataclass fields are its options.
@@ -119,13 +125,22 @@ class Method(ABC):
     Class attributes:
         name: what users write. The first line of the class docstring is what `methods()` shows.
         residual: whether the base becomes R = W − s·B·A.
+        needs: of user data, to list and to refuse by: nothing, what layers are given
+            ("activations"), a backward pass too ("gradients"), or steps of "training".
+        source: where it is published, as it is listed.
         cached: whether `cache="auto"` keeps its factors (not worth it if solving is cheaper than
             hashing W).
     """
 
     name: ClassVar[str]
     residual: ClassVar[bool]
+    needs: ClassVar[Needs] = "nothing"
+    source: ClassVar[str]
     cached: ClassVar[bool] = False
+
+    def statistics(self, layer: Layer) -> Sequence[Statistic]:
+        """What must have been collected of a layer before `resolve` and `solve` see it."""
+        return ()
 
     def resolve(self, layers: Sequence[Layer]) -> list[dict[str, Any]]:
         """Per-layer options from statistics over *all* layers (they enter the info and the cache

@@ -67,6 +67,7 @@ class IniLora(Method):
 
     name: ClassVar[str] = "inilora"
     residual: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv 2510.03731"
     cached: ClassVar[bool] = True
 
     steps: int = 4000
@@ -199,6 +200,7 @@ class IniLoraAlpha(Method):
 
     name: ClassVar[str] = "inilora_alpha"
     residual: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv 2510.03731"
 
     sigma: float = 0.5
 
@@ -222,6 +224,7 @@ class IniLoraBeta(Method):
 
     name: ClassVar[str] = "inilora_beta"
     residual: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv 2510.03731"
 
     distribution: Literal["normal", "uniform"] = "normal"
 

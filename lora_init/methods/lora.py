@@ -23,6 +23,7 @@ class Lora(Method):
 
     name: ClassVar[str] = "lora"
     residual: ClassVar[bool] = False
+    source: ClassVar[str] = "arXiv 2106.09685"
 
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress

@@ -31,6 +31,7 @@ class Pissa(Method):
 
     name: ClassVar[str] = "pissa"
     residual: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv 2404.02948"
 
     tol: float = 1e-4
 
@@ -57,6 +58,7 @@ class Milora(Method):
 
     name: ClassVar[str] = "milora"
     residual: ClassVar[bool] = True
+    source: ClassVar[str] = "arXiv 2406.09044"
     cached: ClassVar[bool] = True
 
     def peak_bytes(self, layer: Layer) -> int:

@@ -17,11 +17,10 @@ from lora_init.cache import CacheOption
 from lora_init.checkpoints import Start, read_start
 from lora_init.distributed import Ranks, ranks
 from lora_init.engine import GroupBytes
-from lora_init.factors import Factors, LoraInitError, weight_digest
+from lora_init.factors import Factors, LoraInitError, Residual, weight_digest
 from lora_init.integrations.peft.fusion import FuseReport, fuse, unfuse
 from lora_init.integrations.peft.layers import (
     LoraLinear,
-    Residual,
     any_sharded,
     check_adapter,
     commit,

@@ -7,7 +7,7 @@ import itertools
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -18,15 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_init.adapters import MODEL_PREFIX
 from lora_init.distributed import alive
-from lora_init.factors import Factors, LoraInitError
+from lora_init.factors import Factors, LoraInitError, Residual
 from lora_init.integrations.peft.sharded import gathered, here, is_sharded, whole_shape
 from lora_init.integrations.peft.virtual import VirtualStart
 from lora_init.parallel import map_layers, single_threaded
 
 # peft.tuners.lora.Linear; its attributes are hidden from a type checker by nn.Module's __getattr__.
 LoraLinear = Any
-# Where W − s·B₀A₀ is: in the base weight, or W stays and the layer subtracts. None: B₀A₀ is 0.
-Residual = Literal["stored", "virtual"] | None
 # PEFT's own starts that change the base weight: what is left is not W.
 _MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lora_init.adapters import ADAPTER_FILE, adapter_key, plain_config, plain_tensors
 from lora_init.checkpoints import SIDECAR, Start, read_safetensors, read_start, write_start
-from lora_init.factors import LoraInitError
-from lora_init.integrations.peft.layers import Residual, commit, lora_layers
+from lora_init.factors import LoraInitError, Residual
+from lora_init.integrations.peft.layers import commit, lora_layers
 from lora_init.integrations.peft.mixins import Mixin, mixed, unmixed
 from lora_init.integrations.peft.sharded import is_sharded, loadable
 from lora_init.staging import merged_into

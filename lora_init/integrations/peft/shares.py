@@ -14,8 +14,8 @@ from torch import Tensor
 from lora_init import engine, selftest
 from lora_init.cache import CacheOption
 from lora_init.distributed import Ranks, alive
-from lora_init.factors import Factors, row_blocks
-from lora_init.integrations.peft.layers import LoraLinear, Residual, base_values, is_quantised
+from lora_init.factors import Factors, Residual, row_blocks
+from lora_init.integrations.peft.layers import LoraLinear, base_values, is_quantised
 from lora_init.integrations.peft.sharded import is_sharded, whole, whole_shape
 from lora_init.methods import Layer, Method
 from lora_init.parallel import map_layers
@@ -142,7 +142,7 @@ def solve(
             factors.to(modules[layer.name].lora_A[adapter].weight.dtype, layer.name)
             for layer, factors in zip(part, found, strict=True)
         ]
-        reports = measure(part, stored, residual == "stored")
+        reports = measure(part, stored, residual)
         return {
             layer.name: Solved(
                 layers[layer.name],
@@ -154,7 +154,7 @@ def solve(
         }
 
     found: list[Solved] = list(_merged(job.gather(job.together(solved)), modules).values())
-    judge([x.report for x in found], [x.layer for x in found], warn=job.rank == 0)
+    judge([x.report for x in found], [x.layer for x in found], residual, warn=job.rank == 0)
     return found
 
 

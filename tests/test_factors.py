@@ -191,6 +191,17 @@ def test_fit_measures_and_changes_nothing(dtype: torch.dtype) -> None:
     assert factors.fit(weight.T.contiguous().T) == fit
 
 
+def test_start_without_a_stored_residual_is_the_weight_or_moved_by_the_whole_product() -> None:
+    factors, weight = make(600, 500, 3, scaling=2.0), gaussian(600, 500)
+    BA = 2.0 * factors.B.double().numpy() @ factors.A.double().numpy()
+    moved, virtual = factors.fit(weight, residual=None), factors.fit(weight, residual="virtual")
+    norm = np.linalg.norm(weight.double().numpy())
+    assert moved.start_drift == pytest.approx(np.linalg.norm(BA) / norm, rel=1e-12)
+    assert moved.start_error == pytest.approx(np.abs(BA).max(), rel=1e-12)
+    assert (virtual.start_drift, virtual.start_error) == (0.0, 0.0)
+    assert moved.squares == virtual.squares == factors.fit(weight).squares
+
+
 def test_start_of_a_zero_weight_is_relative_to_the_product() -> None:
     factors, weight = make(60, 50, 3), torch.zeros(60, 50)
     fit = factors.fit(weight)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from lora_init.methods import Layer
 
 State = dict[str, Tensor]
+
+TokenMask = Literal["attention", "labels", "own_label"]
+"""Which positions count as tokens: those that the attention mask keeps; of these the ones that
+predict a label (the *next* position's is not −100); or the ones whose own label is not −100.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,18 @@ class Statistic(ABC):
         keys: of `Layer.statistics` that `finish` gives.
         gradients: whether it wants `Tokens.dy`, so that the pass runs backward too.
         single: whether it wants examples one by one (the loss of each is then its own mean).
+        mask: what `Tokens.valid` says; None leaves it to the user (`Calibration.token_mask`).
+        shared: whether the state depends on `Tokens.x` and `Tokens.valid` alone, and not on the
+            layer's name, weight or rank: layers that are fed the same tensor (q, k, v) then share
+            one.
     """
 
     name: ClassVar[str]
     keys: ClassVar[tuple[str, ...]]
     gradients: ClassVar[bool] = False
     single: ClassVar[bool] = False
+    mask: ClassVar[TokenMask | None] = None
+    shared: ClassVar[bool] = False
 
     @property
     def passes(self) -> int:
@@ -64,7 +75,8 @@ class Statistic(ABC):
     @abstractmethod
     def start(self, layer: Layer) -> State:
         """The state before the first batch, on the device of `layer.weight`; fp32, or fp64 for fp64
-        weights.
+        weights. The weight is there for its shape, dtype and device: of a quantised layer it has no
+        values.
         """
 
     @abstractmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lora_init
 from lora_init import BackendError, backend, backends, selftest
-from lora_init.backends import available, explain, select
+from lora_init.backends import available, explain, reference, select
 from lora_init.distributed import Ranks
 from lora_init.ops.descend import DescentState, Optimizer
 
@@ -109,6 +109,25 @@ BROKEN = {
     "a wrong dx": ("lora_linear_backward", lambda result: (result[0].roll(1, 0), *result[1:])),
     "a wrong dbias": ("lora_linear_backward", lambda result: (*result[:3], 1.01 * result[3])),
 }
+
+
+def test_a_kernel_that_is_wrong_with_a_virtual_start_only_is_named_and_refused(
+    kernels: object,
+) -> None:
+    def without_the_start(*args: object) -> tuple[Tensor, Tensor]:
+        x, R, A, B, bias, *options = args
+        y, S = reference.lora_linear_forward(*args)
+        trained = options[-1]
+        if trained < len(A):
+            y = reference.lora_linear_forward(x, R, A[:trained], B[:, :trained], bias, *options)[0]
+        return y, S
+
+    kernels.lora_linear_forward = without_the_start
+    (message,) = ensure()
+    assert message.startswith("kernels's lora_linear is wrong and will not be used (on cpu, ")
+    assert "with a virtual start" in message
+    assert select("lora_linear", *CALLS["lora_linear"]).NAME != "kernels"
+    assert select("descend", *CALLS["descend"]).NAME == "kernels"
 
 
 def test_kernels_that_are_right_are_trusted(kernels: object) -> None:
@@ -228,7 +247,7 @@ if BROKEN:
     common.sum_span = sum_span
 # All of it takes minutes under the interpreter.
 selftest._CASES, selftest._STEPS, selftest.DTYPES = ((600, 1100, 4),), 1, (torch.float32,)
-selftest._CALLS = ((20, 30, 40, 3),)
+selftest._CALLS, selftest._STARTED = ((20, 30, 40, 3),), (20, 30, 40, 3)
 torch.set_num_threads(1)
 selftest.ensure([torch.device("cpu")])
 W = torch.eye(3)

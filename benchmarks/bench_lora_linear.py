@@ -2,7 +2,7 @@
 
     python -m benchmarks.run lora_linear
     python -m benchmarks.bench_lora_linear --quick | --brief
-    python -m benchmarks.bench_lora_linear --tune OUT.json
+    python -m benchmarks.bench_lora_linear --tune OUT.json | --schedules OUT.json
 
 The floor of a case is the frozen linear's time, measured beside it, and the passes that an adapter
 cannot do without (X once forward; dY and X once backward) at the copy rate measured in the same
@@ -14,6 +14,10 @@ their rows, and the block-diagonal B of `StackedLoRALinear`.
 
 `--tune` times the tiles that the kernels could use; the choices in `triton_kernels/lora_linear.py`
 come from there. They are compiled beforehand, in parallel and on small operands.
+
+`--schedules` times whole passes of the Triton backend fused and split into matmul and addmm_, says
+which wins, and prints the table that decides at run time, `SPLIT` in `backends/triton.py`, which a
+test holds to the rows in `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -438,6 +442,90 @@ def prepared(
     return lambda tile: (call(tile), dx)[1], lambda: one.dy @ one.R, 0
 
 
+SCHEDULED_LAYERS = (
+    *((4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)),
+    *((5120, 5120), (8192, 8192), (2048, 2048), (8192, 2048), (2048, 8192)),
+)
+"""(out, in): Llama-3-8B's alone and stacked, LoRAFusion's grid, Llama-3.2-1B's."""
+MARGIN = 0.02
+"""What the split schedule must be faster by: less is noise, and it takes a launch more."""
+Table = dict[tuple[tuple[int, int], str], frozenset[tuple[int, int, int]]]
+
+
+def scheduled(one: Operands, split: bool) -> dict[str, Call]:
+    """The two passes of the Triton backend."""
+    from lora_init.triton_kernels import lora_linear as launchers
+
+    options = (None, SCALING, 0.0, one.case.r)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        return launchers.forward(one.x, one.R, one.A, one.B, None, *options, split)
+
+    S = forward()[1]
+
+    def backward() -> tuple[Tensor | None, ...]:
+        return launchers.backward(
+            one.dy, one.x, one.R, one.A, one.B, S, *options, ALL, split
+        )  # fmt: skip
+
+    return {"forward": forward, "backward": backward}
+
+
+def schedules(out: Path) -> None:
+    """Both schedules of either pass for all layers, and the table of where split is faster."""
+    bench = Bench(torch.device("cuda", torch.cuda.current_device()), {})
+    content: dict[str, Any] = {"machine": common.machine(), "ceilings": bench.ceilings, "rows": []}
+    capability = torch.cuda.get_device_capability(bench.device)
+    for (n, columns), M, r in product(SCHEDULED_LAYERS, (1024, 2048, 4096, 8192), (16, 64)):
+        one = Operands(Case("schedule", M, n, columns, r=r), bench.device)
+        same, exact = one.exact(), one.exact(torch.float64)
+        ways = {name: scheduled(one, name == "split") for name in ("fused", "split")}
+        for side, truth in (("forward", slice(1)), ("backward", slice(1, None))):
+            row: Row = {"schedule": side, "capability": capability}
+            row |= {"M": M, "out": n, "in": columns, "r": r}
+            for name, passes in ways.items():
+                found = [t for t in passes[side]() if t is not None]
+                found = found[:1] if side == "forward" else found
+                row[f"{name}_error"] = worst_error(found, same[truth], exact[truth])
+                row[f"{name}_ms"] = milliseconds(bench, passes[side], 9)[0]
+            row["right"] = max(row["fused_error"], row["split_error"]) <= 2
+            content["rows"].append(row)
+            faster = "split" if row["split_ms"] < row["fused_ms"] else "fused"
+            print(
+                f"{side:<8} {M:>5} x {n:>5} x {columns:>5} r {r}: fused {row['fused_ms']:.4f} ms, "
+                f"split {row['split_ms']:.4f} ms, split/fused "
+                f"{row['split_ms'] / row['fused_ms']:.3f}: {faster if row['right'] else 'WRONG'}",
+                flush=True,
+            )
+        out.write_text(json.dumps(content, indent=1) + "\n")
+    for key, sizes in table(content["rows"]).items():
+        print(f"{key}: frozenset({sorted(sizes)}),")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """(compute capability, pass) -> buckets of which split won every case."""
+    from lora_init.backends.triton import bucket
+
+    won: dict[Any, list[bool]] = {}
+    for row in rows:
+        key = (tuple(row["capability"]), row["schedule"])
+        place = (key, bucket(row["M"], row["out"], row["in"]))
+        faster = row["split_ms"] < (1 - MARGIN) * row["fused_ms"]
+        won.setdefault(place, []).append(row["right"] and faster)
+    found: dict[Any, set[tuple[int, int, int]]] = {}
+    for (key, sizes), each in won.items():
+        if all(each):
+            found.setdefault(key, set()).add(sizes)
+    return {key: frozenset(sizes) for key, sizes in found.items()}
+
+
+def committed_table() -> Table:
+    """The table of the rows that `schedules` wrote in benchmarks/results/."""
+    contents = [json.loads(path.read_text()) for path in sorted(common.RESULTS.glob("*.json"))]
+    rows = [row for content in contents for row in content.get("rows", [])]
+    return table([row for row in rows if "schedule" in row])
+
+
 def _compile(job: tuple[str, Any]) -> str | None:
     """In a process of its own: leaves the kernel in Triton's cache."""
     try:
@@ -490,10 +578,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="six cases, no torch.compile")
     parser.add_argument("--tune", type=Path, metavar="OUT.json")
+    parser.add_argument("--schedules", type=Path, metavar="OUT.json")
     parser.add_argument("--brief", action="store_true", help="five cases, under 25 s")
     arguments = parser.parse_args()
     if arguments.tune:
         tune(arguments.tune)
+    elif arguments.schedules:
+        schedules(arguments.schedules)
     elif arguments.brief:
         run(BRIEF, 7, False)
     elif arguments.quick:

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import bench_lora_linear
+from lora_init import backend, explain
+from lora_init.backends import triton
 from lora_init.ops.philox import keep_mask, keep_rate
 from lora_init.testing import assert_accurate, gaussian
 
@@ -43,6 +46,34 @@ def test_kernels_on_the_gpu(run_cases: Callable[..., None]) -> None:
     run_cases()
 
 
+def test_sizes_near_each_other_share_a_bucket() -> None:
+    assert triton.bucket(4000, 14336, 5120) == triton.bucket(4096, 16384, 4096)
+    assert triton.bucket(100_000, 1, 3) == (8192, 1, 4)
+    assert triton.bucket(0, 4096, 4096)[0] == 1
+    assert triton.bucket(1, 4096, 4096) != triton.bucket(2048, 4096, 4096)
+
+
+def test_the_table_of_schedules_is_that_of_the_committed_results() -> None:
+    assert bench_lora_linear.committed_table() == triton.SPLIT
+
+
+def test_a_bucket_is_split_where_that_won_in_all_of_its_cases() -> None:
+    def row(side: str, M: int, split_ms: float, **more: object) -> dict[str, object]:
+        sizes = {"M": M, "out": 4096, "in": 4096, "capability": [9, 0], "schedule": side}
+        return sizes | {"fused_ms": 1.0, "split_ms": split_ms, "right": True} | more
+
+    rows = [
+        row("forward", 2048, 0.9),
+        row("forward", 2048, 1.1, **{"in": 5120}),  # in the bucket of the first
+        row("forward", 8192, 0.99),  # not by more than noise
+        row("backward", 2048, 0.9),
+        row("backward", 4096, 0.9, right=False),
+        row("backward", 8192, 0.8),
+    ]
+    sizes = frozenset({(2048, 4096, 4096), (8192, 4096, 4096)})
+    assert bench_lora_linear.table(rows) == {((9, 0), "backward"): sizes}
+
+
 class Call:
     """Operands of sizes M, out, in and r, and what the kernels and torch make of them."""
 
@@ -53,6 +84,7 @@ class Call:
         p: float = 0.0,
         bias: bool = False,
         start: bool = False,
+        split: bool = False,
     ) -> None:
         (M, out, columns, r), (dtype, low) = sizes, dtypes
 
@@ -63,7 +95,7 @@ class Call:
         self.R = draw(out, columns, columns**-0.5, 3, dtype)
         self.A, self.B = draw(r, columns, columns**-0.5, 4, low), draw(out, r, 0.5, 5, low)
         self.bias = draw(1, out, 1, 6, dtype)[0] if bias else None
-        self.p, self.trained, self.M = p, r, M
+        self.p, self.trained, self.split = p, r, split
         self.seed = torch.tensor([(7 << 40) + 9], device=DEVICE) if p else None
         if start:
             self.A = torch.cat([self.A, draw(r, columns, columns**-0.5, 7, low)])
@@ -71,11 +103,11 @@ class Call:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         options = (self.seed, SCALING, self.p, self.trained)
-        return lora_linear.forward(self.x, self.R, self.A, self.B, self.bias, *options)
+        return lora_linear.forward(self.x, self.R, self.A, self.B, self.bias, *options, self.split)
 
     def backward(self, S: Tensor | None, mask: list[bool] | None = None) -> list[Tensor | None]:
         asked = mask or [True, True, True, self.bias is not None]
-        options = (self.seed, SCALING, self.p, self.trained, asked)
+        options = (self.seed, SCALING, self.p, self.trained, asked, self.split and not self.p)
         return list(lora_linear.backward(self.dy, self.x, self.R, self.A, self.B, S, *options))
 
     def run(self) -> list[Tensor]:
@@ -180,6 +212,66 @@ def case_few_launches(p: float, launches: list[str]) -> None:
     launches.clear()
     one.backward(S)
     assert launches == ["project_both", "project_columns", "adapted_matmul", "sum_gradients"]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def case_split_into_torch_s_products(
+    dtypes: tuple[torch.dtype, torch.dtype], p: float, launches: list[str]
+) -> None:
+    # The second has partials of dS.
+    for sizes in ((70, 150, 201, 3), (33, 700, 64, 20), (0, 30, 40, 3)):
+        Call(sizes, dtypes, p, bias=sizes[0] != 33, split=True).check(str(sizes))
+    assert launches.count("adapted_matmul") == (2 if p else 0)  # dX, where there is a mask
+    launches.clear()
+    one = Call((20, 30, 40, 3), dtypes, split=True)
+    _, S = one.forward()
+    assert launches == ["project"]
+    assert torch.equal(S, Call((20, 30, 40, 3), dtypes).forward()[1])
+    launches.clear()
+    (dx,) = (g for g in one.backward(None, [True, False, False, False]) if g is not None)
+    assert launches == ["project_both"]
+    assert torch.equal(dx, one.backward(S)[0])
+    one.dy, one.x = one.dy[:1].expand(20, 30), torch.cat([one.x, one.x], 1)[:, :40]
+    one.check()
+
+
+@pytest.mark.parametrize("side", ["forward", "backward"])
+def case_the_table_picks_the_schedule(
+    side: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability = common.capability_of(torch.device(DEVICE))
+    one = Call((33, 40, 64, 4), DTYPES[2])
+    arguments = (one.x, one.R, one.A, one.B)
+
+    def launched(trained: int = 4, seed: Tensor | None = None) -> list[bool]:
+        """Whether the product is torch's, forward and backward."""
+        found = []
+        options = (seed, SCALING, 0.3 if seed is not None else 0.0, trained)
+        launches.clear()
+        _, S = triton.lora_linear_forward(*arguments, None, *options)
+        found.append("adapted_matmul" not in launches)
+        launches.clear()
+        triton.lora_linear_backward(one.dy, *arguments, S, *options, [True] * 4)
+        return [*found, "adapted_matmul" not in launches]
+
+    def explained() -> str:
+        with backend("triton"):
+            return explain("lora_linear", *arguments)
+
+    assert launched() == [False, False]
+    why = "forward and backward fused: no committed result shows matmul and addmm_ faster on this"
+    assert why in explained()
+    sizes = frozenset({triton.bucket(33, 40, 64)})
+    monkeypatch.setattr(triton, "SPLIT", {(capability, side): sizes})
+    assert launched() == [side == "forward", side == "backward"]
+    assert f"{side} split into matmul and addmm_: measured faster at these sizes" in explained()
+    seed = torch.tensor([5], device=DEVICE)
+    assert launched(seed=seed) == [side == "forward", False]
+    assert launched(trained=2) == [False, False]  # the halves have to cancel
+    monkeypatch.setattr(triton, "SPLIT", {(capability, side): frozenset({(4096, 64, 64)})})
+    assert launched() == [False, False]
+    assert "faster at these sizes on this GPU" in explained()
 
 
 @pytest.mark.parametrize("asked", [1, 2, 4, 5, 8, 10, 14])

@@ -7,7 +7,8 @@ Backward  1. `project_both`      dS = c·dY B, dB = dYᵀ S, dbias  one read of 
           3. `adapted_matmul`    dX = dY R + drop(dS A)
           4. `sum_gradients`     dA, dB and dbias from their partials, in a fixed order
 
-with c = s/(1−p). Whatever is not asked for is not computed. The low-rank side of a product is
+with c = s/(1−p). Split, the two `adapted_matmul` are torch's products, the low-rank one added to
+the frozen one. Whatever is not asked for is not computed. The low-rank side of a product is
 padded to 16, 32 or 64 ranks in registers; what is beyond 64 takes further goes.
 """
 
@@ -21,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lora_init.ops.philox import keep_rate, threshold
 from lora_init.triton_kernels import common
@@ -772,6 +774,7 @@ def forward(
     scaling: float,
     dropout_p: float,
     trained: int,
+    split: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y = x Rᵀ + S Bᵀ (+ bias), (M, out) in x's dtype, and S = c·drop(x) Aᵀ, (M, r) in A's.
 
@@ -781,15 +784,19 @@ def forward(
         seed: (1,) int64 on the device if there is dropout.
         trained: r, or r/2 where the second halves of A and B have to cancel the first ones as long
             as these are not trained.
+        split: torch's own products take the place of `adapted_matmul`: the frozen one, and then the
+            low-rank one added to it. For A of x's dtype, of which all ranks are trained.
     """
     x, R = _matrix(x), _matrix(R)
     (M, _), N, ranks = x.shape, R.shape[0], A.shape[0]
-    y = common.scratch(M * N, x.dtype, x.device).view(M, N)
+    y = linear(x, R, bias) if split else common.scratch(M * N, x.dtype, x.device).view(M, N)
     S = common.scratch(M * ranks, A.dtype, x.device).view(M, ranks)
     if M:
         plan, tma = _schedule((x, R, y), A, seed is not None, ranks > trained)
         scale = scaling / keep_rate(dropout_p)
         _project(x, A.contiguous(), S, seed, dropout_p, scale, plan.project)
+        if split:
+            return y.addmm_(S, B.T), S
         b, bias = B.contiguous(), None if bias is None else bias.contiguous()
         _matmul(x, R, y, S[None], b, bias, None, 0.0, trained, True, tma, plan.matmul)
     return y, S
@@ -807,6 +814,7 @@ def backward(
     dropout_p: float,
     trained: int,
     output_mask: Sequence[bool],
+    split: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB, dbias), each None unless `output_mask` asks for it; dA is (trained, in), dB
     (out, trained).
@@ -814,11 +822,14 @@ def backward(
     Args:
         dy: (M, out), any strides.
         x: (M, in), any strides; needed for dA. S: as `forward` gave it; needed for dB.
+        split: as in `forward`, of dX and without dropout.
     """
     need_x, need_A, need_B, need_bias = output_mask
     dy, R = _matrix(dy), _matrix(R)
     (M, N), (ranks, K), device = dy.shape, A.shape, dy.device
-    dx = common.scratch(M * K, dy.dtype, device).view(M, K) if need_x else None
+    dx = None
+    if need_x:
+        dx = dy @ R if split else common.scratch(M * K, dy.dtype, device).view(M, K)
     dA = common.scratch(trained * K, A.dtype, device).view(trained, K) if need_A else None
     dB = common.scratch(N * trained, A.dtype, device).view(N, trained) if need_B else None
     dbias = common.scratch(N, dy.dtype, device) if need_bias else None
@@ -838,7 +849,9 @@ def backward(
     if need_A:
         assert x is not None
         a_partials = _project_columns(dS, _matrix(x), trained, seed, dropout_p, plan.columns)
-    if dx is not None:
+    if dx is not None and split:
+        dx.addmm_(dS[0] if len(dS) == 1 else dS.sum(0), A)
+    elif dx is not None:
         a = A.contiguous()
         _matmul(dy, R, dx, dS, a, None, seed, dropout_p, trained, False, tma, plan.matmul)
     if need_A or need_B or need_bias:

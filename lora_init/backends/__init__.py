@@ -8,7 +8,7 @@ A backend is a module in this package with
 - of one with kernels, `fingerprint()`, which changes when they do and has it self-tested, and
   `VERIFIED`, the ops that a committed result shows running on a GPU,
 - if it likes, `why_not_auto(op, *args)`: why `auto` leaves calls of an op on a device to the next
-  one that this one could run.
+  one that this one could run; and `how(op, *args)`: by which of its ways it runs a call.
 
 An explicitly asked-for backend (`LORA_INIT_BACKEND`, `with backend(name)`) runs or raises with the
 reason; only `auto` falls through to the next one, and logs why at DEBUG. What failed its self-test
@@ -109,8 +109,12 @@ def explain(op: str, *args: Any) -> str:
     for candidate in _candidates(asked):
         reason = _why_not(candidate, op, args, asked)
         if reason is None and not chosen:
-            chosen, note = True, "" if candidate.PRIORITY == 0 else f" ({_standing(candidate, op)})"
-            reason = f"runs {op}{note}"
+            chosen, notes = True, []
+            if candidate.PRIORITY:
+                notes.append(_standing(candidate, op))
+            if hasattr(candidate, "how") and (how := candidate.how(op, *args)):
+                notes.append(how)
+            reason = f"runs {op}" + (f" ({'; '.join(notes)})" if notes else "")
         lines.append(f"{candidate.NAME}: {reason or 'could, but comes later'}")
     how = "the first that can is taken" if asked == "auto" else f"{asked!r} was asked for"
     return "\n".join([f"{op}: {how}", *lines])

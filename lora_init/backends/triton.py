@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
+from math import log2
 from typing import Any
 
 import torch
@@ -26,6 +27,17 @@ VERIFIED = ("dual_project", "descend")
 
 _OPS = ("dual_project", "descend", "lora_linear")
 _OLDEST = (3, 3)
+_MOST_ROWS = 8192
+
+Bucket = tuple[int, int, int]
+SPLIT: dict[tuple[tuple[int, int], str], frozenset[Bucket]] = {}
+"""(compute capability, pass of `lora_linear`) -> the sizes, as `bucket` has them, at which torch's
+matmul and addmm_ were faster than the kernel that does both: what `bench_lora_linear --schedules`
+prints of a run whose rows are in benchmarks/results/. Empty because no such run is there yet.
+h200-2026-11-27.json has the products alone, of tiles before the present ones: 0.95 of cuBLAS's rate
+forward and 0.84 to 0.94 in dX, where reading and writing dX once more takes 0.09 to 0.32 of the
+product's time.
+"""
 
 
 def fingerprint() -> str:
@@ -74,20 +86,96 @@ def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
     )
 
 
-def lora_linear_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def lora_linear_forward(
+    x: Tensor,
+    R: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    trained: int,
+) -> tuple[Tensor, Tensor]:
+    split = why_fused("forward", x, R, A, start=trained < len(A)) is None
     with torch.cuda.device_of(x):
-        y, S = _kernels("lora_linear").forward(x, *args)
+        y, S = _kernels("lora_linear").forward(
+            x, R, A, B, bias, seed, scaling, dropout_p, trained, split
+        )
     return y, S
 
 
-def lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    R: Tensor,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    trained: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    reason = why_fused("backward", dy, R, A, start=trained < len(A), dropout=seed is not None)
     with torch.cuda.device_of(dy):
-        dx, dA, dB, dbias = _kernels("lora_linear").backward(dy, *args)
+        dx, dA, dB, dbias = _kernels("lora_linear").backward(
+            dy, x, R, A, B, S, seed, scaling, dropout_p, trained, output_mask, reason is None
+        )
     return dx, dA, dB, dbias
 
 
-def _kernels(op: str) -> Any:
-    return importlib.import_module(f"lora_init.triton_kernels.{op}")
+def how(op: str, *args: Any) -> str | None:
+    """The schedules of a call (x, R, A, …) of `lora_linear`, and why."""
+    if op != "lora_linear" or len(args) < 3:
+        return None
+    reasons = {side: why_fused(side, *args[:3]) for side in ("forward", "backward")}
+    if len(set(reasons.values())) == 1:
+        reasons = {" and ".join(reasons): reasons["forward"]}
+    return ", ".join(
+        f"{side} split into matmul and addmm_: measured faster at these sizes on this GPU"
+        if reason is None
+        else f"{side} fused: {reason}"
+        for side, reason in reasons.items()
+    )
+
+
+def why_fused(
+    side: str, x_or_dy: Tensor, R: Tensor, A: Tensor, *, start: bool = False, dropout: bool = False
+) -> str | None:
+    """Why one kernel adds the low-rank product to the frozen one in the "forward" or "backward"
+    pass; None where torch's matmul and addmm_ do.
+    """
+    faster = SPLIT.get((_capability(x_or_dy.device), side))
+    if not faster:
+        return "no committed result shows matmul and addmm_ faster on this GPU"
+    rows = x_or_dy.numel() // max(1, x_or_dy.shape[-1])
+    if bucket(rows, *R.shape) not in faster:
+        return "no committed result shows matmul and addmm_ faster at these sizes on this GPU"
+    if x_or_dy.dtype != A.dtype or A.dtype.itemsize != 2:
+        return "only 16-bit tensors with factors of their dtype were timed otherwise"
+    if start:
+        return "a virtual start has to cancel before anything is added to it"
+    return "only there the dropout mask is made" if dropout and side == "backward" else None
+
+
+def bucket(rows: int, out_features: int, in_features: int) -> Bucket:
+    """The class of sizes that a measurement stands for: the nearest powers of two, of up to 8192
+    rows.
+    """
+    rows, *others = (1 << round(log2(max(1, n))) for n in (rows, out_features, in_features))
+    return min(rows, _MOST_ROWS), others[0], others[1]
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    capability: tuple[int, int] = _kernels("common").capability_of(device)
+    return capability
+
+
+def _kernels(name: str) -> Any:
+    return importlib.import_module(f"lora_init.triton_kernels.{name}")
 
 
 def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lora_init.draws import Draw, draw_factors, drawn, normal
 from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Progress, register
 from lora_init.methods.pissa import truncate_layers
 from lora_init.ops.descend import Optimizer
-from lora_init.parallel import map_layers, single_threaded
+from lora_init.options import check_choice, check_positive, is_count, is_number, require
+from lora_init.parallel import map_layers
 from lora_init.solve import krylov
 from lora_init.solve.descent import Stopping, descent, descent_bytes
 from lora_init.solve.krylov import Truncation
-
-Draw = Callable[[Tensor, torch.Generator], object]
 
 # The starts that the authors compare (their ablation); "per_type" and "global" are normal draws
 # whose mean and σ come from the weights.
@@ -83,32 +83,29 @@ class IniLora(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", _tupled(self.betas))
-        _check_choice("inilora", "init", self.init, [*_FROM_WEIGHTS, *_STARTS])
-        _check_choice("inilora", "solver", self.solver, ["adam", "gd", "krylov"])
+        check_choice("inilora", "init", self.init, [*_FROM_WEIGHTS, *_STARTS])
+        check_choice("inilora", "solver", self.solver, ["adam", "gd", "krylov"])
         for field, ok, what in (
-            ("steps", _is_count(self.steps, 0), "a whole number ≥ 0"),
-            ("lr", _is_number(self.lr) and self.lr > 0, "a number > 0"),
+            ("steps", is_count(self.steps, 0), "a whole number ≥ 0"),
+            ("lr", is_number(self.lr) and self.lr > 0, "a number > 0"),
             (
                 "betas",
                 isinstance(self.betas, tuple)
                 and len(self.betas) == 2
-                and all(_is_number(b) and 0 <= b < 1 for b in self.betas),
+                and all(is_number(b) and 0 <= b < 1 for b in self.betas),
                 "two numbers in [0, 1)",
             ),
-            ("eps", _is_number(self.eps) and self.eps >= 0, "a number ≥ 0"),
-            ("step_size", _is_count(self.step_size, 1), "a whole number > 0"),
-            ("gamma", _is_number(self.gamma) and self.gamma > 0, "a number > 0"),
+            ("eps", is_number(self.eps) and self.eps >= 0, "a number ≥ 0"),
+            ("step_size", is_count(self.step_size, 1), "a whole number > 0"),
+            ("gamma", is_number(self.gamma) and self.gamma > 0, "a number > 0"),
             (
                 "tol",
-                self.tol is None or (_is_number(self.tol) and self.tol > 0),
+                self.tol is None or (is_number(self.tol) and self.tol > 0),
                 "None or a number > 0",
             ),
-            ("window", _is_count(self.window, 1), "a whole number > 0"),
+            ("window", is_count(self.window, 1), "a whole number > 0"),
         ):
-            if not ok:
-                raise LoraInitError(
-                    f"inilora: {field} must be {what}, got {getattr(self, field)!r}"
-                )
+            require("inilora", field, getattr(self, field), ok, what)
 
     def resolve(self, layers: Sequence[Layer]) -> list[dict[str, Any]]:
         if self.init not in _FROM_WEIGHTS:
@@ -146,7 +143,7 @@ class IniLora(Method):
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
         starts = [
-            _draw(layer, self._start(options))
+            draw_factors(layer, self._start(options))
             for layer, options in zip(layers, resolved, strict=True)
         ]
         if self.solver == "krylov":
@@ -205,13 +202,12 @@ class IniLoraAlpha(Method):
     sigma: float = 0.5
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.sigma) and self.sigma > 0):
-            raise LoraInitError(f"inilora_alpha: sigma must be a number > 0, got {self.sigma!r}")
+        check_positive("inilora_alpha", "sigma", self.sigma)
 
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
-        return _starts_only(layers, lambda t, g: nn.init.normal_(t, std=self.sigma, generator=g))
+        return drawn(layers, normal(self.sigma))
 
 
 @register
@@ -229,29 +225,12 @@ class IniLoraBeta(Method):
     distribution: Literal["normal", "uniform"] = "normal"
 
     def __post_init__(self) -> None:
-        _check_choice("inilora_beta", "distribution", self.distribution, ["normal", "uniform"])
+        check_choice("inilora_beta", "distribution", self.distribution, ["normal", "uniform"])
 
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
-        return _starts_only(layers, _STARTS[f"kaiming_{self.distribution}"])
-
-
-def _draw(layer: Layer, draw: Draw) -> tuple[Tensor, Tensor]:
-    """A (r, in) then B (out, r) from the layer's own generator, fp32 (fp64 for an fp64 weight)."""
-    out_features, in_features = layer.weight.shape
-    generator = layer.generator()
-    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-    # Explicit, because users change torch's default dtype and device.
-    A = torch.empty(layer.r, in_features, dtype=torch.float32, device="cpu")
-    B = torch.empty(out_features, layer.r, dtype=torch.float32, device="cpu")
-    with (
-        torch.no_grad(),
-        single_threaded(),
-    ):  # orthogonal_ factorises, whose bits depend on the threads
-        draw(A, generator)
-        draw(B, generator)
-    return A.to(layer.weight.device, dtype), B.to(layer.weight.device, dtype)
+        return drawn(layers, _STARTS[f"kaiming_{self.distribution}"])
 
 
 def _sparse(tensor: Tensor, generator: torch.Generator) -> None:
@@ -260,10 +239,6 @@ def _sparse(tensor: Tensor, generator: torch.Generator) -> None:
     scores = torch.empty_like(tensor).uniform_(generator=generator)
     order = scores.argsort(dim=0, stable=True)
     tensor.scatter_(0, order[: math.ceil(0.5 * tensor.shape[0])], 0.0)
-
-
-def _starts_only(layers: Sequence[Layer], draw: Draw) -> list[Factors]:
-    return [Factors(*_draw(layer, draw), layer.scaling) for layer in layers]
 
 
 def _gauged(scaling: float, truncation: Truncation, A0: Tensor, B0: Tensor) -> Factors:
@@ -288,21 +263,6 @@ def _scaled(factors: Factors, scaling: float) -> Factors:
     return dataclasses.replace(factors, A=factors.A / root, B=factors.B / root, scaling=scaling)
 
 
-def _check_choice(method: str, option: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise LoraInitError(
-            f"{method}: {option} must be one of {', '.join(choices)}, got {value!r}"
-        )
-
-
 def _tupled(value: object) -> object:
     """A list, as JSON has it, as a tuple."""
     return tuple(value) if isinstance(value, list) else value
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

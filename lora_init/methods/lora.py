@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
+from lora_init.draws import drawn, zeros
 from lora_init.factors import Factors
 from lora_init.methods import Layer, Method, Progress, register
+
+
+def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> object:
+    """As `nn.Linear` draws its weight: uniform within 1/√fan_in."""
+    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
 
 
 @register
@@ -28,14 +35,4 @@ class Lora(Method):
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
-        return [self._start(layer) for layer in layers]
-
-    @staticmethod
-    def _start(layer: Layer) -> Factors:
-        out_features, in_features = layer.weight.shape
-        dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-        # Explicit, because users change torch's default dtype and device.
-        A = torch.empty(layer.r, in_features, dtype=torch.float32, device="cpu")
-        torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=layer.generator())
-        A = A.to(layer.weight.device, dtype)
-        return Factors(A, A.new_zeros(out_features, layer.r), layer.scaling)
+        return drawn(layers, kaiming_uniform, zeros)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lora_init.backends import BackendError, backend, explain
+from lora_init.calibration import Calibration
 from lora_init.engine import approximate
 from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import methods
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendError",
+    "Calibration",
     "Factors",
     "LoraInitError",
     "approximate",

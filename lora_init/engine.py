@@ -90,6 +90,7 @@ def solve(
 ) -> dict[str, Factors]:
     """Factors for every layer by name, from the cache where they are there; see `approximate`."""
     check_layers(layers, method)
+    check_statistics(layers, method)
     selftest.ensure(layer.weight.device for layer in layers)
     factors = solve_resolved(
         layers,
@@ -263,13 +264,6 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
             raise LoraInitError(
                 f"{name}: the scaling must be a number > 0, got {scaling!r} (see lora_alpha)"
             )
-        for key in (key for needed in method.statistics(layer) for key in needed.keys):
-            if key not in layer.statistics:
-                raise LoraInitError(
-                    f"{name}: {method.name} starts from data, and {key!r} of this layer is not "
-                    "there: pass "
-                    f"calibration=lora_init.Calibration(dataloader) to lora_init.initialize"
-                )
     for layer, energy in zip(layers, energies(layers), strict=True):
         # Only a finite energy is final: its squares overflow before W does.
         if not math.isfinite(energy) and not _is_finite(layer.weight):
@@ -279,6 +273,18 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
                 "repair the checkpoint, or "
                 f"leave the layer out of target_modules"
             )
+
+
+def check_statistics(layers: Sequence[Layer], method: Method) -> None:
+    """Raises `LoraInitError` for the first layer without what the method needs of data."""
+    for layer in layers:
+        for key in (key for needed in method.statistics(layer) for key in needed.keys):
+            if key not in layer.statistics:
+                raise LoraInitError(
+                    f"{layer.name}: {method.name} starts from data, and {key!r} of this layer is "
+                    "not there: pass calibration=lora_init.Calibration(dataloader) to "
+                    "lora_init.initialize, or statistics= to lora_init.approximate"
+                )
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -82,7 +82,11 @@ class Layer:
 
     def with_weight(self, weight: Tensor) -> Layer:
         """This layer and what was measured of it, with its weight's values."""
-        twin = dataclasses.replace(self, weight=weight)
+        return self.changed(weight=weight)
+
+    def changed(self, **fields: Any) -> Layer:
+        """This layer and what was measured of its weight, with other values of some fields."""
+        twin = dataclasses.replace(self, **fields)
         measured = {key: value for key, value in vars(self).items() if key not in vars(twin)}
         vars(twin).update(measured)
         return twin

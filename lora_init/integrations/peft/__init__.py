@@ -7,14 +7,17 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_init.cache import CacheOption
+from lora_init.calibration import Calibration
 from lora_init.checkpoints import Start, read_start
+from lora_init.collection import Data, Source
 from lora_init.distributed import Ranks, ranks
 from lora_init.engine import GroupBytes
 from lora_init.factors import Factors, LoraInitError, Residual, weight_digest
@@ -27,6 +30,7 @@ from lora_init.integrations.peft.layers import (
     initialisable_modules,
     lora_config,
     on,
+    pretrained,
 )
 from lora_init.integrations.peft.residual_model import (
     ResidualModel,
@@ -36,7 +40,7 @@ from lora_init.integrations.peft.residual_model import (
     detach,
     other_tensors,
 )
-from lora_init.integrations.peft.sharded import reshard
+from lora_init.integrations.peft.sharded import is_sharded, reshard
 from lora_init.integrations.peft.shares import ALIKE, Solved, describe, dropout, read, solve
 from lora_init.methods import Layer, Method, resolve_method
 from lora_init.parallel import map_layers
@@ -54,6 +58,7 @@ def initialize(
     *,
     adapter_name: str | None = None,
     residual: Literal["stored", "virtual"] = "stored",
+    calibration: Calibration | None = None,
     seed: int = 0,
     cache: CacheOption = "auto",
     progress: bool | None = None,
@@ -92,6 +97,8 @@ def initialize(
         adapter_name: the active adapter if None.
         residual: "stored" in the base weights, or "virtual"; of no effect on a method that starts
             from B₀A₀ = 0.
+        calibration: the data for a method that starts from data, which runs through the pretrained
+            model (no adapter, eval mode) and leaves it as it was. See `lora_init.Calibration`.
         seed, cache, progress, group_bytes, options: see `lora_init.approximate`.
         example: a batch (a mapping of keyword arguments, or one tensor) to measure the output's
             drift on; the largest of the ranks is reported.
@@ -111,6 +118,7 @@ def initialize(
         if residual not in ("stored", "virtual"):
             raise LoraInitError(f'residual must be "stored" or "virtual", got {residual!r}')
         chosen = resolve_method(method, options)
+        _check_calibration(chosen, calibration)
         kind = residual if chosen.residual else None
         adapter = check_adapter(model, adapter_name)
         check_base(model, kind)
@@ -123,6 +131,9 @@ def initialize(
             "the adapter": adapter,
             "the example": "none" if example is None else "given",
         }
+        if calibration is not None:
+            _refuse_shards(model)
+            call["the content of the calibration batches"] = calibration.digest
         return chosen, kind, adapter, modules, call | describe(job, modules, adapter)
 
     with ranks(distributed) as job:
@@ -134,6 +145,7 @@ def initialize(
             adapter,
             chosen,
             kind,
+            _data(model, modules, calibration, progress if job.rank == 0 else False),
             seed=seed,
             cache=cache,
             progress=progress,
@@ -300,6 +312,41 @@ def _modules(
             "must read them together: leave distributed=True"
         )
     return modules
+
+
+def _check_calibration(method: Method, calibration: Calibration | None) -> None:
+    if method.needs != "nothing" and calibration is None:
+        raise LoraInitError(
+            f"{method.name} starts from data ({method.needs}): pass "
+            "calibration=lora_init.Calibration(dataloader)"
+        )
+    if method.needs == "nothing" and calibration is not None:
+        raise LoraInitError(
+            f"{method.name} starts from the weights alone and would not look at the data: leave "
+            "calibration out, or choose a method that needs it"
+        )
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise LoraInitError(
+                f"{name} is sharded over ranks, and data can run through whole models only: "
+                "initialise before fully_shard, or before DeepSpeed ZeRO-3 partitions the model"
+            )
+
+
+def _data(
+    model: PeftModel,
+    modules: Mapping[str, LoraLinear],
+    calibration: Calibration | None,
+    progress: bool | None,
+) -> Data | None:
+    if calibration is None:
+        return None
+    base = {name: module.get_base_layer() for name, module in modules.items()}
+    shown = calibration.progress if calibration.progress is not None else progress
+    return Data(calibration, Source(model, base, partial(pretrained, model)), shown)
 
 
 def _output(model: PeftModel, example: Any) -> Tensor:

@@ -219,6 +219,24 @@ def oriented(module: LoraLinear, weight: Tensor) -> Tensor:
     return weight.T if module.fan_in_fan_out else weight
 
 
+@contextlib.contextmanager
+def pretrained(model: nn.Module) -> Iterator[None]:
+    """Inside, a PEFT model is its base model.
+
+    Not by PEFT's own `disable_adapter`, which leaves adapters on and their parameters to be trained
+    however it found them.
+    """
+    adapted = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    before = [module._disable_adapters for module in adapted]
+    try:
+        for module in adapted:
+            module._disable_adapters = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module, disabled in zip(adapted, before, strict=True):
+            module._disable_adapters = disabled
+
+
 def commit(
     modules: Sequence[LoraLinear], factors: Sequence[Factors], adapter: str, residual: Residual
 ) -> None:

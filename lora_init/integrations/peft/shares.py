@@ -4,7 +4,7 @@ they belong, and known everywhere in the end. A process on its own has all of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_init import engine, selftest
 from lora_init.cache import CacheOption
+from lora_init.collection import Data
 from lora_init.distributed import Ranks, alive
 from lora_init.factors import Factors, Residual, row_blocks
 from lora_init.integrations.peft.layers import LoraLinear, base_values, is_quantised
@@ -94,6 +95,7 @@ def solve(
     adapter: str,
     method: Method,
     residual: Residual,
+    data: Data | None = None,
     *,
     seed: int,
     cache: CacheOption,
@@ -107,29 +109,47 @@ def solve(
         LoraInitError: see `engine.approximate`; on every rank, whichever it happened on.
     """
     own = read(job, modules, adapter, seed)
+    # `resolve` is over all layers, and so over what was collected of them, which is then small.
+    resolves = data is not None and type(method).resolve is not Method.resolve
 
     def known() -> dict[str, Layer]:
         """What statistics over all layers need to know of this rank's."""
         held = [layer for layer in own.values() if not layer.weight.is_meta]
         if held:
             engine.check_layers(held, method)
+        if data is not None and resolves:
+            for block in data.blocks(list(own.values()), method):
+                own.update((layer.name, layer) for layer in data.given(block, method))
         if job.size == 1:
             return own
-        kept = map_layers(_measured, held, cost=lambda layer: layer.weight.numel())
-        return own | {layer.name: layer for layer in kept}
+        return {layer.name: layer for layer in map_layers(_measured, list(own.values()))}
 
     layers = _merged(job.gather(job.together(known)), modules)
     selftest.ensure({module.get_base_layer().weight.device for module in modules.values()}, job)
 
     def solved() -> dict[str, Solved]:
         options = dict(zip(layers, method.resolve(list(layers.values())), strict=True))
+        mine = list(own.values())
+        blocks = [mine] if data is None or resolves else data.blocks(mine, method)
         done: dict[str, Solved] = {}
-        for part in _parts(own, modules):
+        for block in blocks:
+            done |= solved_block(block, options)
+        return done
+
+    def solved_block(
+        block: Sequence[Layer], options: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Solved]:
+        """In a call of its own: what was collected of one block goes before the next is."""
+        if data is not None and not resolves:
+            block = data.given(block, method)
+        done: dict[str, Solved] = {}
+        for part in _parts(block, modules):
             done |= batch(part, options)
         return done
 
     def batch(part: list[Layer], options: Mapping[str, dict[str, Any]]) -> dict[str, Solved]:
         engine.check_layers(part, method)  # a quantised layer's weight is first here
+        engine.check_statistics(part, method)
         found = engine.solve_resolved(
             part,
             method,
@@ -161,15 +181,16 @@ def solve(
 def _measured(layer: Layer) -> Layer:
     """A layer without its weight, and what others need to know of it."""
     _ = (layer.moments, layer.digest)
-    return layer.without_weight()
+    collected = {key: value.cpu() for key, value in layer.statistics.items()}
+    return layer.without_weight().changed(statistics=collected)
 
 
-def _parts(own: Mapping[str, Layer], modules: Mapping[str, LoraLinear]) -> Iterator[list[Layer]]:
+def _parts(block: Sequence[Layer], modules: Mapping[str, LoraLinear]) -> Iterator[list[Layer]]:
     """The layers whose weights are there, then those of quantised weights, some at a time."""
-    held = [layer for layer in own.values() if not layer.weight.is_meta]
+    held = [layer for layer in block if not layer.weight.is_meta]
     if held:
         yield held
-    rest = [layer for layer in own.values() if layer.weight.is_meta]
+    rest = [layer for layer in block if layer.weight.is_meta]
     for part in engine.pack([layer.weight.nbytes for layer in rest], _DEQUANTISED_BYTES):
         yield [
             rest[i].with_weight(base_values(modules[rest[i].name], rest[i].weight)) for i in part

@@ -1,0 +1,244 @@
+"""A user's data, for methods that start from it: batches, their losses, and what counts as a token.
+
+What runs it through a model is `lora_init.collection`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.cache import CacheOption
+from lora_init.factors import LoraInitError, weight_digest
+from lora_init.statistics import TokenMask
+
+_IGNORED_LABEL = -100  # what torch's cross entropy ignores
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A user's data, for methods that start from it: `initialize(model, "lora_ga", calibration=…)`.
+
+    Attributes:
+        dataloader: any iterable of batches: mappings of the model's keyword arguments, or whatever
+            `loss_fn` takes. It is read once, and the batches are kept on the CPU: every pass, and
+            every method that is given this object, sees the same ones in the same order.
+        loss_fn: (model, batch on the model's device) -> scalar loss; None takes the `loss` of the
+            model's own output, as transformers' models have it where a batch has labels. The loss
+            is taken as the mean over the batch.
+        num_batches: how many batches are read at most.
+        token_mask: which positions count as tokens where a method leaves that open: "attention",
+            those that `attention_mask` keeps, or "labels", of these the ones that predict a label.
+        cache: of what was collected, on disk: True, False, a directory, or "auto" (on if it takes
+            at most 1 GiB).
+        checkpointing: compute activations again in the backward pass instead of keeping them, one
+            repeated block of the model at a time. "auto" does so where a batch does not fit the
+            GPU's memory without.
+        block_bytes: layers whose statistics take more than this together are collected in several
+            runs over the data. "auto" is half of what a GPU has free, and 4 GiB on the CPU. Changes
+            no bit of the result.
+        key: names a `loss_fn` in the cache, which does not know its code: without a key, what is
+            collected with a `loss_fn` is not cached.
+        progress: True or False, or None for what `initialize` was told.
+
+    Raises:
+        LoraInitError: an option has a value that it cannot have.
+    """
+
+    dataloader: Iterable[Any]
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
+    num_batches: int = 64
+    _: KW_ONLY
+    token_mask: Literal["attention", "labels"] = "attention"
+    cache: CacheOption = "auto"
+    checkpointing: bool | Literal["auto"] = "auto"
+    block_bytes: int | Literal["auto"] = "auto"
+    key: str | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dataloader, Iterable):
+            raise LoraInitError(
+                f"dataloader must be an iterable of batches, got {type(self.dataloader).__name__}"
+            )
+        if self.loss_fn is not None and not callable(self.loss_fn):
+            raise LoraInitError(
+                f"loss_fn must be a function of (model, batch), got {self.loss_fn!r}"
+            )
+        for name in ("num_batches", "block_bytes"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole and (name, value) != ("block_bytes", "auto"):
+                raise LoraInitError(f"{name} must be a whole number ≥ 1, got {value!r}")
+        if self.token_mask not in ("attention", "labels"):
+            raise LoraInitError(
+                f'token_mask must be "attention" or "labels", got {self.token_mask!r}'
+            )
+        if self.checkpointing not in (True, False, "auto"):
+            raise LoraInitError(
+                f'checkpointing must be True, False or "auto", got {self.checkpointing!r}'
+            )
+        if self.loss_fn is not None and self.key is None and self.cache not in (False, "auto"):
+            raise LoraInitError(
+                f"cache={self.cache!r}, but the cache cannot know what loss_fn computes: pass "
+                "key= to name it, another one whenever the function changes"
+            )
+
+    @cached_property
+    def batches(self) -> list[Any]:
+        """What was read of the dataloader, copied to the CPU."""
+        with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws from it
+            batches = [moved(batch, None) for batch in islice(self.dataloader, self.num_batches)]
+        if not batches:
+            raise LoraInitError("the calibration dataloader gave no batch")
+        return batches
+
+    @cached_property
+    def examples(self) -> list[Any]:
+        """The batches cut along dim 0 into batches of one."""
+        return [one for i, batch in enumerate(self.batches) for one in _singles(batch, i)]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the batches' content in their order."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            digest.update(f"{_described(batch)}\n".encode())
+        return digest.hexdigest()
+
+    def output(self, model: nn.Module, batch: Any) -> Any:
+        """What the model, or the loss function, makes of a batch.
+
+        Raises:
+            LoraInitError: the batch is for a loss function, and there is none.
+        """
+        if self.loss_fn is not None:
+            return self.loss_fn(model, batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, Tensor):
+            return model(batch)
+        raise LoraInitError(
+            f"a batch is a {type(batch).__name__}: pass loss_fn=(model, batch) -> loss, or batches "
+            "that are mappings of the model's keyword arguments"
+        )
+
+    def loss(self, model: nn.Module, batch: Any, where: str) -> Tensor:
+        """The scalar loss of a batch, which can be run backward.
+
+        Raises:
+            LoraInitError: there is none, it is not finite, or it does not depend on what is tapped.
+        """
+        output = self.output(model, batch)
+        loss = output if self.loss_fn is not None else _loss_of(output)
+        if loss is None:
+            raise LoraInitError(
+                f"the model's output has no loss in {where}: put labels into the batches, or pass "
+                "loss_fn=(model, batch) -> loss"
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise LoraInitError(f"the loss must be a tensor of one number, got {shape} in {where}")
+        if not math.isfinite(loss.detach()):
+            raise LoraInitError(
+                f"the loss is {float(loss)} in {where}: check its labels (a batch of which all are "
+                f"{_IGNORED_LABEL} has no loss), or run the model in a wider dtype"
+            )
+        if not loss.requires_grad:
+            raise LoraInitError(
+                f"the loss does not depend on any adapted layer in {where}: loss_fn must compute "
+                "it with the model that it is given, and not under torch.no_grad()"
+            )
+        return loss
+
+
+def token_mask(batch: Any, kind: TokenMask, where: str) -> Tensor | None:
+    """Which positions (batch, tokens) of a batch count; None if there is nothing that says so, and
+    all do.
+
+    Raises:
+        LoraInitError: none does, or labels are asked for that the batch does not have.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    attention, labels = batch.get("attention_mask"), batch.get("labels")
+    if attention is not None and attention.ndim != 2:
+        raise LoraInitError(
+            f"attention_mask must be (batch, tokens), got {tuple(attention.shape)} in {where}"
+        )
+    tokens = batch.get("input_ids") if attention is None else attention
+    mask = None if attention is None else attention.ne(0)
+    if kind != "attention":
+        if labels is not None and tokens is not None and labels.shape == tokens.shape:
+            counts = labels.ne(_IGNORED_LABEL)
+            if kind == "labels":
+                counts = torch.nn.functional.pad(counts[:, 1:], (0, 1))
+            mask = counts if mask is None else mask & counts
+        elif kind == "labels":
+            raise LoraInitError(
+                f'token_mask="labels", but {where} has no labels of one for each token: use '
+                '"attention"'
+            )
+    if mask is not None and not mask.any():
+        raise LoraInitError(f"{where} has no token that counts ({kind} mask): leave it out")
+    return mask
+
+
+def moved(batch: Any, device: torch.device | None) -> Any:
+    """A batch with its tensors on a device, or in memory of their own on the CPU; mappings become
+    dicts.
+    """
+    return _mapped(
+        batch,
+        lambda tensor: (
+            tensor.detach().to("cpu", copy=True)
+            if device is None
+            else tensor.to(device, non_blocking=True)
+        ),
+    )
+
+
+def _mapped(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _mapped(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_mapped(value, function) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_mapped(value, function) for value in batch)
+    return batch
+
+
+def _singles(batch: Any, index: int) -> Iterator[Any]:
+    """Batches of one, by slicing every tensor; what is no tensor, or a scalar, goes to each."""
+    sizes: set[int] = set()
+    _mapped(batch, lambda tensor: sizes.add(tensor.shape[0]) if tensor.ndim else None)
+    if len(sizes) != 1:
+        raise LoraInitError(
+            f"batch {index} cannot be cut into examples: its tensors have "
+            f"{sorted(sizes) or 'no'} rows"
+        )
+    for i in range(*sizes):
+        yield _mapped(batch, partial(_row, i))
+
+
+def _row(index: int, tensor: Tensor) -> Tensor:
+    return tensor[index : index + 1] if tensor.ndim else tensor
+
+
+def _described(batch: Any) -> Any:
+    """A batch by the digests of its tensors; what is no tensor by how it prints."""
+    return _mapped(batch, lambda tensor: weight_digest(tensor))
+
+
+def _loss_of(output: Any) -> Any:
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from lora_init import Factors, LoraInitError, approximate, engine, methods
 from lora_init.backends import reference
-from lora_init.methods import Layer
+from lora_init.methods import Layer, resolve_method
 from lora_init.methods.inilora import IniLora
 from lora_init.parallel import map_layers, map_nested, single_threaded
 from lora_init.testing import DTYPES, gaussian, misaligned, transposed
 
 # The last is split into row blocks by the reference backend.
 SHAPES = {"a.q": (48, 64), "a.v": (64, 48), "b.q": (17, 130), "b.v": (2100, 1024)}
+# The others are in test_data_methods.py.
+WEIGHT_ONLY = [name for name in methods() if resolve_method(name, {}).needs == "nothing"]
 
 
 def model(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -101,7 +103,7 @@ def test_bits_do_not_depend_on_memory(dtype: torch.dtype, init: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", WEIGHT_ONLY)
 def test_every_method_repeats_its_bits_and_says_what_it_is(method: str, dtype: torch.dtype) -> None:
     options = {"steps": 9} if method == "inilora" else {}
     torch.set_num_threads(1)
@@ -138,7 +140,7 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("surroundings", SURROUNDINGS.values(), ids=SURROUNDINGS)
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", WEIGHT_ONLY)
 def test_bits_do_not_depend_on_the_callers_settings(
     method: str, surroundings: Callable[[], AbstractContextManager[object]]
 ) -> None:

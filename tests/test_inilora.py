@@ -302,7 +302,12 @@ def test_product_does_not_depend_on_the_scaling(scaling: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "method", [name for name in methods() if resolve_method(name, {}).residual]
+    "method",
+    [
+        name
+        for name in methods()
+        if (m := resolve_method(name, {})).residual and m.needs == "nothing"
+    ],
 )
 def test_residual_and_product_make_the_weight(method: str, dtype: torch.dtype) -> None:
     weights = model(dtype)

@@ -116,18 +116,23 @@ def plain_tensors(start: Start, current: Mapping[str, Tensor]) -> dict[tuple[str
 
 
 def plain_config(config: Any, ranks: Mapping[str, int]) -> Any:
-    """A LoraConfig without custom strings whose scaling is 1 at the given rank per layer.
-
-    Pattern keys are full module names, escaped and anchored: PEFT matches them as suffix regexes.
-    """
+    """A LoraConfig without custom strings whose scaling is 1 at the given rank per layer."""
     plain = copy.deepcopy(config)
     common = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    pattern = exact_pattern(ranks, common)
     plain.r = plain.lora_alpha = common
     plain.rank_pattern, plain.alpha_pattern = pattern, dict(pattern)
     plain.use_rslora = False
     plain.init_lora_weights = True
     return plain
+
+
+def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """A LoraConfig's rank_pattern or alpha_pattern for values by module name.
+
+    Its keys are full names, escaped and anchored: PEFT matches them as suffix regexes.
+    """
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
 def _describe_start(start: Start) -> str:

@@ -92,10 +92,15 @@ def solve(
     check_layers(layers, method)
     check_statistics(layers, method)
     selftest.ensure(layer.weight.device for layer in layers)
+    resolved = method.resolve(layers)
+    ranked = [
+        layer.changed(r=options.get("r", layer.r))
+        for layer, options in zip(layers, resolved, strict=True)
+    ]
     factors = solve_resolved(
-        layers,
+        ranked,
         method,
-        method.resolve(layers),
+        resolved,
         cache=cache,
         progress=progress,
         group_bytes=group_bytes,
@@ -115,6 +120,7 @@ def solve_resolved(
     """Factors for some of a run's layers, checked before, in groups that fit memory.
 
     Args:
+        layers: with the rank "r" that `resolved` says, where it does.
         resolved: theirs of `method.resolve`, which has seen all layers of the run.
     """
     store, bars = cache_module.open_cache(cache, method), Progress(method.name, progress)
@@ -164,8 +170,12 @@ def solve_group(
             [layers[i] for i in missing], [resolved[i] for i in missing], progress
         )
         seconds = time.perf_counter() - began
-        # The largest magnitudes, which are NaN where an entry is.
-        peaks = [torch.linalg.vector_norm(t, math.inf) for x in solved for t in (x.A, x.B)]
+        # The largest magnitudes, which are NaN where an entry is; rank 0 has none.
+        peaks = [
+            torch.linalg.vector_norm(t, math.inf) if t.numel() else t.new_zeros(())
+            for x in solved
+            for t in (x.A, x.B)
+        ]
         finite = [math.isfinite(peak) for peak in values(peaks)]
         for i, result, A, B in zip(missing, solved, finite[::2], finite[1::2], strict=True):
             if not (A and B):

@@ -149,6 +149,10 @@ class Method(ABC):
     def resolve(self, layers: Sequence[Layer]) -> list[dict[str, Any]]:
         """Per-layer options from statistics over *all* layers (they enter the info and the cache
         key). Layers of a streamed run have no weights here, only their `moments` and `digest`.
+
+        A method that has both this and `statistics` is given those of all layers at once: they must
+        be small. An option "r" is the layer's rank from here on, in `solve` too; one of 0 loses its
+        adapter.
         """
         return [{} for _ in layers]
 

@@ -27,10 +27,12 @@ from lora_init.integrations.peft.layers import (
     any_sharded,
     check_adapter,
     commit,
+    deferred_interrupt,
     initialisable_modules,
     lora_config,
     on,
     pretrained,
+    settle_ranks,
 )
 from lora_init.integrations.peft.residual_model import (
     ResidualModel,
@@ -174,7 +176,12 @@ def initialize(
         # PEFT would otherwise run another initialisation over these factors when it rebuilds the
         # adapter.
         lora_config(model, adapter).init_lora_weights = True
-        commit(list(modules.values()), stored, adapter, kind)
+        changed = _changed_ranks(modules, adapter, stored)
+        with deferred_interrupt():
+            commit(list(modules.values()), stored, adapter, kind)
+            if changed:
+                notes.append(changed)
+                settle_ranks(model, adapter, modules)
         if kind == "stored" and job.rank == 0:
             _warn_dropout(solved, modules, adapter)
         drift = None
@@ -347,6 +354,20 @@ def _data(
     base = {name: module.get_base_layer() for name, module in modules.items()}
     shown = calibration.progress if calibration.progress is not None else progress
     return Data(calibration, Source(model, base, partial(pretrained, model)), shown)
+
+
+def _changed_ranks(
+    modules: Mapping[str, LoraLinear], adapter: str, stored: Sequence[Factors]
+) -> str | None:
+    """What is to be known of layers whose factors have another rank than they."""
+    pairs = zip(modules.values(), stored, strict=True)
+    ranks = [new.r for module, new in pairs if module.r[adapter] != new.r]
+    if not ranks:
+        return None
+    return (
+        f"{len(ranks)} of {len(stored)} layers got another rank, and {ranks.count(0)} of these "
+        "none and no adapter: an optimizer that was made before has parameters that are gone"
+    )
 
 
 def _output(model: PeftModel, example: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_init.adapters import MODEL_PREFIX
+from lora_init.adapters import MODEL_PREFIX, exact_pattern
 from lora_init.distributed import alive
 from lora_init.factors import Factors, LoraInitError, Residual
 from lora_init.integrations.peft.sharded import gathered, here, is_sharded, whole_shape
@@ -237,6 +238,18 @@ def pretrained(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = disabled
 
 
+def rescaled(module: LoraLinear, adapter: str, r: int) -> tuple[float, float]:
+    """(α, s) of a layer that gets another rank: α/r stays, and s is what PEFT makes of the two. A
+    layer of rank 0 keeps both.
+    """
+    old = module.r[adapter]
+    alpha, scaling = module.lora_alpha[adapter], float(module.scaling[adapter])
+    if r in (0, old):
+        return alpha, scaling
+    alpha *= r / old
+    return alpha, alpha / (math.sqrt(r) if module.use_rslora[adapter] else r)
+
+
 def commit(
     modules: Sequence[LoraLinear], factors: Sequence[Factors], adapter: str, residual: Residual
 ) -> None:
@@ -246,6 +259,8 @@ def commit(
 
     def one(item: tuple[LoraLinear, Factors]) -> None:
         module, stored = item
+        if module.r[adapter] != stored.r:
+            _resize(module, adapter, stored.r)
         base = [module.get_base_layer().weight] if residual == "stored" else []
         targets = [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
         with gathered(*targets, *base, write=True) as (A, B, *weights):
@@ -260,7 +275,7 @@ def commit(
                 module.lora_variant.pop(adapter, None)
 
     items = list(zip(modules, factors, strict=True))
-    with _deferred_interrupt():
+    with deferred_interrupt():
         if any_sharded(modules, adapter):
             # Collectives: in one order on all ranks, from the thread whose device the caller set.
             with alive(), single_threaded(), torch.no_grad():
@@ -268,6 +283,40 @@ def commit(
                     one(item)
         else:
             map_layers(one, items)
+
+
+def _resize(module: LoraLinear, adapter: str, r: int) -> None:
+    """Give a layer factors of another rank, not initialised, that are trained as its own were."""
+    module.lora_alpha[adapter], module.scaling[adapter] = rescaled(module, adapter, r)
+    module.r[adapter] = r
+    A, B = module.lora_A[adapter], module.lora_B[adapter]
+    A.out_features = B.in_features = r
+    for linear in (A, B):
+        old, shape = linear.weight, (linear.out_features, linear.in_features)
+        linear.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+
+
+def settle_ranks(model: PeftModel, adapter: str, modules: Mapping[str, LoraLinear]) -> None:
+    """Have a model and its config agree with the ranks that its layers got: those of rank 0 lose
+    their adapter, and PEFT makes the others alike when it loads what is saved.
+    """
+    config, base = lora_config(model, adapter), model.get_base_model()
+    kept = {name: module for name, module in modules.items() if module.r[adapter]}
+    for name in modules.keys() - kept.keys():
+        module = modules[name]
+        own = [*module.adapter_layer_names, *module.other_param_names, "lora_variant"]
+        for parts in (getattr(module, attribute) for attribute in own):
+            if adapter in parts:
+                del parts[adapter]
+        if not module.lora_A:
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.get_base_layer())
+    if len(kept) < len(modules):
+        config.target_modules = sorted(kept)
+    ranks = {name: module.r[adapter] for name, module in kept.items()}
+    alphas = {name: module.lora_alpha[adapter] for name, module in kept.items()}
+    config.rank_pattern = exact_pattern(ranks, config.r)
+    config.alpha_pattern = exact_pattern(alphas, config.lora_alpha)
 
 
 def any_sharded(modules: Iterable[LoraLinear], adapter: str) -> bool:
@@ -285,7 +334,7 @@ def on(device: torch.device, factors: Factors) -> Factors:
 
 
 @contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[None]:
+def deferred_interrupt() -> Iterator[None]:
     """Ctrl-C inside takes effect at the end, so that a model is never left half-initialised."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only

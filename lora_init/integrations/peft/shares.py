@@ -16,7 +16,7 @@ from lora_init.cache import CacheOption
 from lora_init.collection import Data
 from lora_init.distributed import Ranks, alive
 from lora_init.factors import Factors, Residual, row_blocks
-from lora_init.integrations.peft.layers import LoraLinear, base_values, is_quantised
+from lora_init.integrations.peft.layers import LoraLinear, base_values, is_quantised, rescaled
 from lora_init.integrations.peft.sharded import is_sharded, whole, whole_shape
 from lora_init.methods import Layer, Method
 from lora_init.parallel import map_layers
@@ -150,6 +150,7 @@ def solve(
     def batch(part: list[Layer], options: Mapping[str, dict[str, Any]]) -> dict[str, Solved]:
         engine.check_layers(part, method)  # a quantised layer's weight is first here
         engine.check_statistics(part, method)
+        part = [_ranked(layer, options[layer.name], modules[layer.name], adapter) for layer in part]
         found = engine.solve_resolved(
             part,
             method,
@@ -195,6 +196,11 @@ def _parts(block: Sequence[Layer], modules: Mapping[str, LoraLinear]) -> Iterato
         yield [
             rest[i].with_weight(base_values(modules[rest[i].name], rest[i].weight)) for i in part
         ]
+
+
+def _ranked(layer: Layer, options: Mapping[str, Any], module: LoraLinear, adapter: str) -> Layer:
+    r = options.get("r", layer.r)
+    return layer if r == layer.r else layer.changed(r=r, scaling=rescaled(module, adapter, r)[1])
 
 
 def dropout(module: LoraLinear, adapter: str) -> float:

@@ -13,6 +13,7 @@ from lora_init.calibration import Calibration
 from lora_init.engine import approximate
 from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import methods
+from lora_init.optim import lora_plus_groups
 
 if TYPE_CHECKING:
     from lora_init import nn
@@ -36,6 +37,7 @@ __all__ = [
     "initialize",
     "initialize_checkpoint",
     "lora_linear",
+    "lora_plus_groups",
     "methods",
     "nn",
     "resume",

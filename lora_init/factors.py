@@ -194,6 +194,35 @@ class Fit:
     start_drift: float
 
 
+@torch.no_grad()
+def shifted(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """W + s(B A − B₀A₀), or W + s·B·A without a start (A₀, B₀), computed in `exact_dtype` and
+    rounded once to W's dtype: what merging a layer writes, and with −s what unmerging does.
+
+    Equal factors cancel to the last bit.
+
+    Args:
+        weight: (out, in), any strides, which the result has too.
+        A: (r, in). B: (out, r).
+        start: (r₀, in) and (out, r₀).
+    """
+    wide, result = exact_dtype(weight), torch.empty_like(weight)
+    pairs = [tuple(t.to(wide) for t in pair) for pair in ((A, B), *([start] if start else []))]
+    for rows in row_blocks(weight):
+        exact, *others = (b[rows] @ a for a, b in pairs)
+        for product in others:
+            exact -= product
+        exact = exact.mul_(scaling).add_(weight[rows])
+        result[rows] = _rounded_once(exact, result.dtype)
+    return result
+
+
 def weight_digest(*tensors: Tensor) -> str:
     """SHA-256 of the tensors' dtypes, shapes and values, whatever their strides and devices."""
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lora_init.factors import Factors, LoraInitError, exact_dtype
+from lora_init.factors import Factors, LoraInitError, shifted
 from lora_init.ops.lora_linear import lora_linear
 
 
@@ -187,12 +187,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def _shift(self, sign: int) -> None:
         weight = self.base_layer.weight
-        wide = exact_dtype(weight)
-        delta = self.B.to(wide) @ self.A.to(wide)
-        if self.start is not None:
-            A0, B0 = self.start
-            delta -= B0.to(wide) @ A0.to(wide)
-        weight.copy_(weight + delta.mul_(sign * self.scaling))
+        weight.copy_(shifted(weight, self.A, self.B, sign * self.scaling, self.start))
         self.merged = sign > 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -1,5 +1,7 @@
 """Factors: rounding, the residual and its error, and what identifies a weight."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_init import factors as factors_module
-from lora_init.factors import Factors, Fit, LoraInitError, row_blocks, weight_digest
+from lora_init.factors import (
+    Factors,
+    Fit,
+    LoraInitError,
+    row_blocks,
+    shifted,
+    weight_digest,
+)
 from lora_init.testing import DTYPES, SHAPES, gaussian, misaligned, transposed
 
 
@@ -49,6 +58,28 @@ def test_residual_is_rounded_once(shape: tuple[int, int, int], dtype: torch.dtyp
     exact = exact_residual(factors, weight)
     error = np.abs(R.double().numpy() - exact)
     assert (error <= half_ulp(exact, dtype) + own_rounding(factors, weight)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.clone, transposed], ids=["rows", "columns"])
+def test_shifted_is_rounded_once_and_equal_factors_cancel(
+    dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
+) -> None:
+    columns = 700
+    rows = factors_module._BLOCK_ELEMENTS // columns + 3  # two blocks
+    weight, f, start = (
+        gaussian(rows, columns, dtype),
+        make(rows, columns, 5),
+        make(rows, columns, 3),
+    )
+    found = shifted(layout(weight), f.A, f.B, 1.7, (start.A, start.B))
+    assert (found.dtype, found.stride()) == (dtype, layout(weight).stride())
+    both = Factors(torch.cat([f.A, start.A]), torch.cat([-f.B, start.B], 1), 1.7)
+    exact = exact_residual(both, weight)
+    error = np.abs(found.double().numpy() - exact)
+    assert (error <= half_ulp(exact, dtype) + own_rounding(both, weight)).all()
+    assert torch.equal(shifted(weight, -f.A, f.B, 1.7), Factors(f.A, f.B, 1.7).residual(weight))
+    assert torch.equal(shifted(weight, f.A, f.B, 1.7, (f.A.clone(), f.B.clone())), weight)
 
 
 # fp16 has subnormals below 6e-5, which trained weights reach: scales on both sides of that.

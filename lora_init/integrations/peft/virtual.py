@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_init.factors import Factors
+from lora_init.factors import Factors, shifted
 
 
 class VirtualStart(LoraVariant):
@@ -21,9 +21,15 @@ class VirtualStart(LoraVariant):
     """
 
     def __init__(self, start: Factors, device: torch.device):
-        """start: A₀ (r, in) and B₀ (out, r), which are copied; s is the layer's own."""
+        """
+        Args:
+            start: A₀ (r, in) and B₀ (out, r), which are copied; s is the layer's own.
+            device: of the layer's factors.
+        """
+        # PEFT's low_cpu_mem_usage has those on meta until they are loaded: this must keep values.
+        where = None if device.type == "meta" else device
         with torch.inference_mode(False):  # what that makes could not train later
-            A0, B0 = (t.detach().to(device, copy=True) for t in (start.A, start.B))
+            A0, B0 = (t.detach().to(where, copy=True) for t in (start.A, start.B))
             self.A0, self.B0 = A0.contiguous(), B0.contiguous()
 
     def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,12 +69,9 @@ class VirtualStart(LoraVariant):
     def supports_lora_conversion(self) -> bool:
         return False  # PEFT would convert B A alone
 
-    @torch.no_grad()
     def _shifted(self, module: Any, adapter: str, weight: Tensor, sign: int) -> Tensor:
-        """weight ± s(B A − B₀A₀), in fp32 or wider and rounded once."""
+        """weight ± s(B A − B₀A₀)."""
         A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        wide = torch.promote_types(A.dtype, torch.float32)
-        A0, B0 = self.factors(A.to(wide))
-        delta = (B.to(wide) @ A.to(wide) - B0 @ A0) * (sign * module.scaling[adapter])
-        delta = delta.T if module.fan_in_fan_out else delta
-        return (weight.detach() + delta).to(weight.dtype)
+        oriented = weight.detach().T if module.fan_in_fan_out else weight.detach()
+        found = shifted(oriented, A, B, sign * module.scaling[adapter], self.factors(A))
+        return found.T if module.fan_in_fan_out else found

@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -310,6 +316,23 @@ def test_reference_copies_as_trl_makes_them(form: Callable) -> None:
 
 
 @forms
+def test_a_reference_copy_whose_values_come_later(form: Callable) -> None:
+    base = llama()
+    model = form(started(base))
+    train(model)
+    state = get_peft_model_state_dict(model)
+    model.add_adapter("ref", model.peft_config["default"], low_cpu_mem_usage=True)
+    for layer in lora_layers(model).values():
+        assert layer.lora_A["ref"].weight.is_meta
+        assert not layer.lora_variant["ref"].A0.is_meta
+    set_peft_model_state_dict(model, state, "ref", low_cpu_mem_usage=True)
+    live = logits(model)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), live)
+    assert distance(merged(model), live) < 1e-5
+
+
+@forms
 def test_trl_s_dpo_trainer(form: Callable, tmp_path: Path) -> None:
     """It adds a reference adapter and copies the parameters into it."""
     trl = pytest.importorskip("trl", reason="needs trl")
@@ -511,6 +534,15 @@ def test_a_stored_residual_of_a_quantised_base_is_refused_with_the_way_out() -> 
     model = get_peft_model(quantised(llama(), 4), LoraConfig(target_modules=["q_proj"], r=8))
     with pytest.raises(LoraInitError, match=r'q_proj: .*Params4bit \(quantised\).*"virtual"'):
         lora_init.initialize(model, steps=STEPS, cache=False)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_another_adapter_on_a_stored_residual_is_warned_of_and_a_reference_copy_is_not() -> None:
+    model = adapted(llama())
+    lora_init.initialize(model, "pissa", cache=False)
+    model.add_adapter("ref", model.peft_config["default"])
+    with pytest.warns(UserWarning, match="'other' is added to the residual of adapter default"):
+        other_adapter(model)
 
 
 # Refused

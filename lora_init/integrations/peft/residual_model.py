@@ -203,6 +203,22 @@ class ResidualModel(Mixin, PeftModel):
 class StoredResidual(ResidualModel):
     """Its base weights are R = W − s·B₀A₀."""
 
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        """As PEFT's, with a warning unless it is of an initialised adapter's own config object, as
+        TRL's reference copies are: with that one's parameters in it, it computes the same.
+        """
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        if not any(self.peft_config[other] is peft_config for other in self.lora_init_starts):
+            known = ", ".join(self.lora_init_starts)
+            warnings.warn(
+                f"adapter {adapter_name!r} is added to the residual of adapter {known}, which this "
+                f"model's base is, and not to the pretrained weights: activate {known} beside it, "
+                'or initialise with residual="virtual", which leaves the base as it is',
+                stacklevel=2,
+            )
+
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:

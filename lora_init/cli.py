@@ -154,9 +154,12 @@ def run(
 
 @app.command("methods")
 def list_methods() -> None:
-    """List the initialisers."""
-    for name, description in methods().items():
-        print(f"{name:15} {description}")
+    """List the initialisers: what data they need, and what the base weight W becomes."""
+    rows = [("method", "needs", "base", "source", "what it starts from")]
+    rows += [(name, x.needs, x.base, x.source, x.summary) for name, x in methods().items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 @app.command()

@@ -573,8 +573,14 @@ def test_missing_extra_is_named(monkeypatch, capsys):
 
 def test_methods_are_listed(capsys):
     assert cli("methods") == 0
-    out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == list(lora_init.methods())
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["method", "needs", "base", "source"]
+    assert [line.split()[0] for line in lines] == list(lora_init.methods())
+    starts = [header.index(title) for title in ("needs", "base", "source", "what")]
+    for line, description in zip(lines, lora_init.methods().values(), strict=True):
+        cells = [line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        assert cells == [description.needs, description.base, description.source, str(description)]
+        assert all(cells)
 
 
 def test_cache_is_shown_and_cleared(llama, tmp_path, capsys):

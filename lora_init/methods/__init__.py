@@ -129,6 +129,7 @@ class Method(ABC):
     Class attributes:
         name: what users write. The first line of the class docstring is what `methods()` shows.
         residual: whether the base becomes R = W − s·B·A.
+        replaces: whether it becomes `Factors.base` instead, which is not R.
         needs: of user data, to list and to refuse by: nothing, what layers are given
             ("activations"), a backward pass too ("gradients"), or steps of "training".
         source: where it is published, as it is listed.
@@ -138,6 +139,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     residual: ClassVar[bool]
+    replaces: ClassVar[bool] = False
     needs: ClassVar[Needs] = "nothing"
     source: ClassVar[str]
     cached: ClassVar[bool] = False
@@ -191,10 +193,40 @@ def register(cls: M) -> M:
     return cls
 
 
-def methods() -> dict[str, str]:
-    """Every initialiser's name and what it is in one line."""
+@dataclass(frozen=True)
+class Description:
+    """A method as it is listed; as a string, its summary.
+
+    Attributes:
+        summary: what it is in one line.
+        needs: of user data, see `Method`.
+        base: whether the base weight is "unchanged", becomes the "residual" W − s·B·A, or is
+            "replaced" by another matrix.
+        source: where it is published.
+        options: their defaults by name.
+    """
+
+    summary: str
+    needs: Needs
+    base: Literal["unchanged", "residual", "replaced"]
+    source: str
+    options: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return self.summary
+
+
+def methods() -> dict[str, Description]:
+    """Every initialiser by name, and what it is."""
     return {
-        name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in sorted(_all().items())
+        name: Description(
+            (cls.__doc__ or "").strip().splitlines()[0],
+            cls.needs,
+            "residual" if cls.residual else "replaced" if cls.replaces else "unchanged",
+            cls.source,
+            {option.name: option.default for option in dataclasses.fields(cls)},
+        )
+        for name, cls in sorted(_all().items())
     }
 
 

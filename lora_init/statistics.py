@@ -111,6 +111,8 @@ class Covariance(Statistic):
 
     name: ClassVar[str] = "covariance"
     keys: ClassVar[tuple[str, ...]] = ("input_mean", "input_covariance")
+    # As all else that lora_da needs: what is not takes a run over the data of its own.
+    single: ClassVar[bool] = True
     shared: ClassVar[bool] = True
 
     def state_bytes(self, layer: Layer) -> int:
@@ -157,6 +159,7 @@ class PrincipalComponents(Covariance):
     name: ClassVar[str] = "principal_components"
     # (width, in) orthonormal rows, (width,) largest first, and () of all directions together.
     keys: ClassVar[tuple[str, ...]] = ("components", "variances", "total_variance")
+    single: ClassVar[bool] = False
     mask: ClassVar[TokenMask | None] = "own_label"
 
     width: int

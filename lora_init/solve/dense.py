@@ -22,6 +22,12 @@ def svd_bytes(matrix: Tensor) -> int:
 
 
 def signs(columns: Tensor) -> Tensor:
-    """±1 for each column (n, k), which make the largest entry of each positive."""
-    largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))[0]
+    """±1 for each column (n, k), which make the largest entry of each positive.
+
+    Of entries that are the largest to 1e-6 it is the first: those of a matrix with equal rows tie,
+    and rounding would decide.
+    """
+    sizes = columns.abs()
+    first = (sizes >= sizes.amax(0) * (1 - 1e-6)).to(torch.uint8).argmax(0, keepdim=True)
+    largest = columns.gather(0, first)[0]
     return torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)

@@ -420,7 +420,7 @@ def unchanged(model: Path) -> None:
 Q1 = "model.layers.1.self_attn.q_proj"
 QUANTISED = {"quant_method": "gptq", "bits": 4}
 BAD = {
-    "method": (unchanged, ["--method", "nope"], "unknown method 'nope'; choose one of inilora"),
+    "method": (unchanged, ["--method", "nope"], "unknown method 'nope'; choose one of .*inilora"),
     "option": (unchanged, ["--option", "speed=9"], "inilora has no option 'speed'"),
     "option_form": (unchanged, ["--option", "steps"], "--option steps: must be KEY=VALUE"),
     "option_twice": (

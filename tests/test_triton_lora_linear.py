@@ -15,6 +15,8 @@ from torch import Tensor
 from benchmarks import bench_lora_linear
 from lora_init import backend, explain
 from lora_init.backends import triton
+from lora_init.factors import Factors
+from lora_init.nn import LoRALinear, StackedLoRALinear
 from lora_init.ops.philox import keep_mask, keep_rate
 from lora_init.testing import assert_accurate, gaussian
 
@@ -204,6 +206,57 @@ def case_one_mask_in_forward_dx_and_da(dtype: torch.dtype) -> None:
     assert torch.equal(dA != 0, keep)
 
 
+@pytest.mark.parametrize("start", [False, True], ids=["", "start"])
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+def case_layers_stacked_on_one_input(
+    dtypes: tuple[torch.dtype, torch.dtype], start: bool, launches: list[str]
+) -> None:
+    calls = {
+        name: Call((33, out, 72, r), dtypes, bias=True)
+        for name, (out, r) in {"q": (70, 3), "k": (24, 5), "v": (24, 17)}.items()
+    }
+    layers = {}
+    for name, one in calls.items():
+        base = torch.nn.Linear(72, len(one.R), dtype=dtypes[0], device=DEVICE)
+        alpha = SCALING * one.trained  # of each its own rank, of all the same scaling
+        layers[name] = LoRALinear(base, one.trained, alpha, dtype=dtypes[1])
+        if start:
+            layers[name].initialize(Factors(one.A * 0.5, one.B, SCALING), "virtual")
+        with torch.no_grad():
+            layers[name].A.copy_(one.A)
+            layers[name].B.copy_(one.B)
+            base.weight.copy_(one.R)
+            base.bias.copy_(one.bias)
+    x = calls["q"].x.clone().requires_grad_()
+    with backend("triton"):
+        outputs = StackedLoRALinear(layers)(x)
+        torch.autograd.backward(outputs, [one.dy for one in calls.values()])
+    assert [name for name in launches if "project" in name] == [
+        *("project", "project_both", "project_columns")
+    ]
+
+    def expression(wide: torch.dtype) -> list[Tensor]:
+        leaf = x.detach().to(wide).requires_grad_()
+        found, sums = [], []
+        for one in calls.values():
+            A, B = (t.to(wide).requires_grad_() for t in (one.A, one.B))
+            low = leaf @ A.T @ B.T
+            if start:
+                low = low - leaf @ (one.A * 0.5).to(wide).T @ one.B.to(wide).T
+            y = torch.nn.functional.linear(leaf, one.R.to(wide), one.bias.to(wide)) + SCALING * low
+            found += [y, *torch.autograd.grad(y, (A, B), one.dy.to(wide), retain_graph=True)]
+            sums.append(torch.autograd.grad(y, leaf, one.dy.to(wide))[0])
+        return [sum(sums[1:], sums[0]), *found]
+
+    found = [x.grad]
+    for y, layer in zip(outputs, layers.values(), strict=True):
+        found += [y, layer.A.grad, layer.B.grad]
+    for got, same, exact in zip(
+        found, expression(dtypes[0]), expression(torch.float64), strict=True
+    ):
+        assert_accurate(got, exact.detach().cpu().numpy(), same)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def case_few_launches(p: float, launches: list[str]) -> None:
     one = Call((40, 70, 90, 4), DTYPES[0], p, bias=True)
@@ -212,6 +265,33 @@ def case_few_launches(p: float, launches: list[str]) -> None:
     launches.clear()
     one.backward(S)
     assert launches == ["project_both", "project_columns", "adapted_matmul", "sum_gradients"]
+
+
+@pytest.mark.parametrize("options", [{}, {"p": 0.3, "bias": True}, {"start": True}], ids=str)
+@pytest.mark.parametrize("r", [1, 16])
+def case_few_passes(options: dict, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the products' own, x is read once forward, and dy and x once backward."""
+    one = Call((1100, 600, 800, r), DTYPES[2], **options)
+    sizes = {one.x.data_ptr(): (1100, 800), one.dy.data_ptr(): (1100, 600)}
+    passes: list[tuple[int, int]] = []
+
+    def counted(kernel: object, programs: int, *args: object, **options: object) -> None:
+        """What is launched, without running it."""
+        tensors = [arg.data_ptr() for arg in args if isinstance(arg, Tensor)]
+        for size in (sizes[at] for at in tensors if at in sizes):
+            tile = (options["TM"], options.get("TK") or options["TN"])
+            row_tiles, column_tiles = (-(-n // t) for n, t in zip(size, tile, strict=True))
+            # All ranks in one go, and no more programs than there are tiles to share.
+            assert options["R"] >= (one.trained if kernel is lora_linear.project_columns else r)
+            assert programs <= row_tiles * column_tiles
+            passes.append(size)
+
+    monkeypatch.setattr(lora_linear, "_matmul", lambda *args: None)
+    monkeypatch.setattr(common, "launch", counted)
+    _, S = one.forward()
+    assert passes == [(1100, 800)]
+    one.backward(S)
+    assert passes[1:] == [(1100, 600), (1100, 800)]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)

@@ -15,11 +15,17 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import lora_init
 from lora_init import LoraInitError
@@ -505,6 +511,27 @@ def test_quantised_bases_start_exactly_and_train(form: Callable, bits: int, tmp_
     assert torch.equal(logits(fresh.train()), live)
     model.merge_adapter()  # rounded to so few bits again
     assert distance(logits(model), live) < (0.3 if bits == 4 else 0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_qlora_of_a_model_that_transformers_quantised(smollm2_dir: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    base = AutoModelForCausalLM.from_pretrained(
+        smollm2_dir,
+        dtype=torch.float32,
+        num_hidden_layers=2,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, **options),
+        device_map="cpu",
+    )
+    base = prepare_model_for_kbit_training(base).train()
+    want = logits(base)
+    config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=8, lora_alpha=16)
+    model = get_peft_model(base, config).train()
+    initialize(model, "pissa")
+    assert torch.equal(logits(model), want)
+    losses = curve(model, 5)
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,6 @@
-"""Solved factors on disk: content-addressed, atomic, safe with several processes at once."""
+"""Solved factors and what was collected of data, on disk: content-addressed, atomic, safe with
+several processes at once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ CacheOption = bool | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Cache:
-    """Factors by key in `directory`, one safetensors file each, named by the key."""
+    """Entries by key in `directory`, one safetensors file each, named by the key."""
 
     directory: Path
 
@@ -43,12 +47,18 @@ class Cache:
         """Store factors; a full or read-only disk warns, because the factors themselves are not
         lost.
         """
-        try:
+        with self._warned():
             write_entry(self._path(key), key, factors)
-        except OSError as error:
-            warnings.warn(
-                f"could not write to the cache {self.directory} ({error}): not cached", stacklevel=2
-            )
+
+    def get_tensors(self, key: str, names: Sequence[str]) -> dict[str, Tensor] | None:
+        """As `get`, for any tensors by these names."""
+        found = _read(self._path(key), key, names)
+        return found and found[0]
+
+    def put_tensors(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """As `put`, for any tensors by name."""
+        with self._warned():
+            _write(self._path(key), key, tensors, {})
 
     def files(self) -> list[Path]:
         return sorted(self.directory.glob("*/*.safetensors"))
@@ -63,6 +73,15 @@ class Cache:
         for path in files:
             path.unlink(missing_ok=True)
         return len(files)
+
+    @contextmanager
+    def _warned(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(
+                f"could not write to the cache {self.directory} ({error}): not cached", stacklevel=4
+            )
 
     def _path(self, key: str) -> Path:
         return self.directory / key[:2] / f"{key}.safetensors"
@@ -81,36 +100,51 @@ def read_entry(path: Path, key: str) -> Factors | None:
     """The factors that `write_entry` stored under this key, or None if there are none; a damaged or
     foreign file warns and counts as absent.
     """
+    found = _read(path, key, ("A", "B"))
+    if found is None:
+        return None
+    tensors, content = found
+    return Factors(tensors["A"], tensors["B"], content["scaling"], content["info"])
+
+
+def write_entry(path: Path, key: str, factors: Factors) -> None:
+    """Store factors in a file of their own, atomically, with a digest of all that it holds."""
+    content = {"scaling": factors.scaling, "info": factors.info}
+    _write(path, key, {"A": factors.A, "B": factors.B}, content)
+
+
+def _read(
+    path: Path, key: str, names: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             text, digest = file.metadata()["lora_init"], file.metadata()["digest"]
-            A, B = file.get_tensor("A"), file.get_tensor("B")
-        meta = json.loads(text)
-        if meta["key"] != key or digest != _digest(text, A, B):
+            tensors = {name: file.get_tensor(name) for name in names}
+        content = json.loads(text)
+        if content["key"] != key or digest != _digest(text, tensors):
             raise ValueError("its content is not what was stored")
-        return Factors(A, B, meta["scaling"], meta["info"])
+        return tensors, content
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path} is unusable and will be recomputed ({error})", stacklevel=3)
+        warnings.warn(f"{path} is unusable and will be recomputed ({error})", stacklevel=4)
         return None
 
 
-def write_entry(path: Path, key: str, factors: Factors) -> None:
-    """Store factors in a file of their own, atomically, with a digest of all that it holds."""
-    A, B = factors.A.contiguous().cpu(), factors.B.contiguous().cpu()
-    text = json.dumps({"key": key, "scaling": factors.scaling, "info": factors.info})
-    meta = {"lora_init": text, "digest": _digest(text, A, B)}
-    write_atomically(path, save({"A": A, "B": B}, meta))
+def _write(path: Path, key: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    text = json.dumps({"key": key, **content})
+    meta = {"lora_init": text, "digest": _digest(text, tensors)}
+    write_atomically(path, save(tensors, meta))
 
 
-def open_cache(option: CacheOption, method: Method) -> Cache | None:
-    """The cache that `cache=option` means for this method.
+def open_cache(option: CacheOption, method: Method | None = None) -> Cache | None:
+    """The cache that `cache=option` means for this method's factors, or for what "auto" is on for.
 
     Raises:
         LoraInitError: a directory that was named cannot be created or written.
     """
-    if option is False or (option == "auto" and not method.cached):
+    if option is False or (option == "auto" and method is not None and not method.cached):
         return None
     named = option is not True and option != "auto"
     directory = Path(option) if named else default_directory()  # type: ignore[arg-type]
@@ -145,12 +179,19 @@ def key(layer: Layer, method: Method, resolved: dict[str, Any]) -> str:
         identity["statistics"] = {
             key: weight_digest(value) for key, value in sorted(layer.statistics.items())
         }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return digest_of(identity)
 
 
-def _digest(text: str, *tensors: Tensor) -> str:
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of what JSON, or `str`, says of it."""
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     """Of all that an entry holds: a damaged scaling is as wrong as a damaged factor."""
-    return hashlib.sha256(f"{text}\n{weight_digest(*tensors)}".encode()).hexdigest()
+    inner = weight_digest(*(tensors[name] for name in sorted(tensors)))
+    return hashlib.sha256(f"{text}\n{inner}".encode()).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_init.cache import Cache, digest_of, open_cache
 from lora_init.calibration import Calibration, moved, token_mask
 from lora_init.engine import group_limit, pack
-from lora_init.factors import LoraInitError
+from lora_init.factors import LoraInitError, weight_digest
 from lora_init.methods import Layer, Method, Progress
 from lora_init.parallel import map_layers, values
 from lora_init.statistics import State, Statistic, TokenMask, Tokens
@@ -26,6 +28,11 @@ from lora_init.tap import as_found, recomputed, tapped, version_of
 
 # Of statistics' states at once on the CPU; a GPU's limit is half of what it has free.
 _CPU_BLOCK_BYTES = 4 << 30
+# `cache="auto"` keeps a layer's statistic up to this size: sketches and components of any layer,
+# gradients and covariances of small ones.
+_CACHED_BYTES = 32 << 20
+# Part of every key: raise it when the same inputs would give other values.
+_FORMAT = 1
 
 Wanted = Sequence[tuple[str, Statistic]]
 Results = dict[tuple[str, Statistic], Mapping[str, Tensor]]
@@ -38,11 +45,13 @@ class Source:
     Attributes:
         model: what the loss is computed with.
         modules: name -> the module of the pretrained model whose calls are a layer's.
+        tensors: gives all that the pretrained model's output depends on, by name.
         pretrained: makes a context in which the model is the pretrained one.
     """
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
+    tensors: Callable[[], Mapping[str, Tensor]]
     pretrained: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
@@ -50,6 +59,26 @@ class Source:
         """Where batches go."""
         parameters = self.model.parameters()
         return next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what the pretrained model computes: its values, its configuration and what autocasts
+        it. Its code is known by name only.
+        """
+        tensors = {name: t for name, t in self.tensors().items() if not t.is_meta}
+        digests = map_layers(weight_digest, list(tensors.values()), cost=Tensor.numel)
+        config = getattr(self.model, "config", None)
+        settings: dict[str, Any] = getattr(config, "to_dict", dict)()
+        ignored = ("_name_or_path", "use_cache", "transformers_version")
+        device = self.device.type
+        return digest_of(
+            {
+                "tensors": dict(zip(tensors, digests, strict=True)),
+                "config": {name: x for name, x in settings.items() if name not in ignored},
+                "device": device,
+                "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +115,7 @@ class Data:
                 if statistic.single == single
             ]
             if wanted:
-                for (name, _), collected in self._run(seen, wanted, single).items():
+                for (name, _), collected in self._collected(seen, wanted, single).items():
                     found[name] |= collected
         return [layer.changed(statistics=found[layer.name]) for layer in layers]
 
@@ -99,6 +128,44 @@ class Data:
         device = next(self.source.modules[layer.name].parameters()).device
         one = torch.zeros((), dtype=layer.weight.dtype, device=device)
         return layer.with_weight(one.expand(layer.weight.shape))
+
+    def _collected(self, layers: Mapping[str, Layer], wanted: Wanted, single: bool) -> Results:
+        """From the cache where it is there."""
+        store, found = self._store(), {}
+        if store is not None:
+            for name, statistic in wanted:
+                hit = store.get_tensors(self._key(layers[name], statistic), statistic.keys)
+                if hit is not None:
+                    device = layers[name].weight.device
+                    found[name, statistic] = {key: value.to(device) for key, value in hit.items()}
+        missing = [key for key in wanted if key not in found]
+        collected = self._run(layers, missing, single) if missing else {}
+        if store is not None:
+            for (name, statistic), values_by_key in collected.items():
+                size = sum(value.nbytes for value in values_by_key.values())
+                if self.calibration.cache != "auto" or size <= _CACHED_BYTES:
+                    store.put_tensors(self._key(layers[name], statistic), values_by_key)
+        return found | collected
+
+    def _store(self) -> Cache | None:
+        unknown = self.calibration.loss_fn is not None and self.calibration.key is None
+        option = self.calibration.cache
+        return open_cache(False if unknown else option)
+
+    def _key(self, layer: Layer, statistic: Statistic) -> str:
+        return digest_of(
+            {
+                "format": _FORMAT,
+                "model": self.source.digest,
+                "data": self.calibration.digest,
+                "loss": self.calibration.key,
+                "statistic": f"{type(statistic).__module__}.{type(statistic).__qualname__}",
+                "options": asdict(statistic),
+                "mask": statistic.mask or self.calibration.token_mask,
+                "layer": layer.name,
+                "seed": None if statistic.shared else layer.seed,  # a shared one depends on x alone
+            }
+        )
 
     def _run(self, layers: Mapping[str, Layer], wanted: Wanted, single: bool) -> Results:
         calibration = self.calibration

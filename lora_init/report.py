@@ -20,6 +20,8 @@ WEIGHT_DECAY_NOTE = (
     "train A and B with weight_decay=0: decay pulls B·A to 0, away from the A₀, B₀ that the "
     "residual is made for"
 )
+# Of a start on the base as it is: what rounding makes of a B·A that is to be 0 (orthogonal).
+START_ROUNDING = 1e-6
 # Relative distance ‖R + s·BA − W‖/‖W‖ of the start from the pretrained layer. Rounding alone
 # explains 1e-7 (fp32) to 3e-3 (bf16) with factors of W's size; IniLoRA-α on a bf16 base reaches
 # 6e-2 at r = 8.
@@ -267,6 +269,17 @@ def judge(
         raise LoraInitError(message)
     if warn and worst.start_drift > WARN_START_DRIFT:
         warnings.warn(message, stacklevel=4)
+
+
+def start_note(reports: Sequence[LayerReport], residual: Residual) -> str | None:
+    """What to know of a start on the base as it is that is not the pretrained model."""
+    worst = max(reports, key=lambda report: report.start_drift)
+    if residual is not None or worst.start_drift <= START_ROUNDING:
+        return None
+    return (
+        "training starts from W + s·B₀A₀, not from the pretrained model: ‖s·B₀A₀‖ is up to "
+        f"{worst.start_drift:.1e} of ‖W‖ ({worst.name})"
+    )
 
 
 def first_output(model: Any, batch: Mapping[str, Tensor] | Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_init
 from lora_init import Calibration, Factors
 from lora_init.collection import Data, Source
-from lora_init.integrations.peft.layers import base_values, lora_layers, pretrained
+from lora_init.integrations.peft.layers import base_tensors, base_values, lora_layers, pretrained
 from lora_init.methods import Layer, Method, Progress
 from lora_init.statistics import Covariance, Gradient, Statistic
 
@@ -93,7 +93,7 @@ def collected(
     """What calibration gives each layer."""
     modules = lora_layers(model)
     base = {name: module.get_base_layer() for name, module in modules.items()}
-    source = Source(model, base, partial(pretrained, model))
+    source = Source(model, base, partial(base_tensors, model), partial(pretrained, model))
     layers = [
         Layer(name, base_values(module, module.get_base_layer().weight), 4)
         for name, module in modules.items()

@@ -25,7 +25,7 @@ from lora_init.factors import LoraInitError
 from lora_init.integrations.child import call
 from lora_init.journal import opened
 from lora_init.methods import Method, resolve_method
-from lora_init.report import WEIGHT_DECAY_NOTE, LayerReport, Report, judge
+from lora_init.report import WEIGHT_DECAY_NOTE, LayerReport, Report, judge, start_note
 from lora_init.staging import CheckFailed, require_space
 from lora_init.stream import ShardWriter, Stream
 
@@ -38,8 +38,6 @@ _NO_RESIDUAL_NOTE = (
 # The check loads the original and the written model, one after the other.
 _CHECK_BYTES = 4e9
 _MAX_DRIFT = 1e-3
-# Of a start with B·A ≠ 0 on the base as it is, where B·A is to be 0 (orthogonal).
-_ROUNDING = 1e-6
 
 
 def initialize_checkpoint(
@@ -100,6 +98,11 @@ def initialize_checkpoint(
     """
     began = time.perf_counter()
     chosen = resolve_method(method, options)
+    if chosen.needs != "nothing":
+        raise LoraInitError(
+            f"{chosen.name} starts from data ({chosen.needs}), which runs through a model, and "
+            "none is loaded here: call lora_init.initialize(model, ..., calibration=...) on one"
+        )
     if r < 1:
         raise LoraInitError(f"r must be a whole number ≥ 1, got {r}")
     out = Path(out).resolve()
@@ -145,7 +148,8 @@ def initialize_checkpoint(
                 drift = None
                 if check is True or (check is None and 4 * checkpoint.elements < _CHECK_BYTES):
                     drift = _drift(stream, plan["model_class"], with_residual, reports)
-                settings, notes = dataclasses.asdict(chosen), _notes(chosen, with_residual)
+                settings = dataclasses.asdict(chosen)
+                notes = _notes(chosen, with_residual, reports)
                 seconds = time.perf_counter() - began
                 report = Report(chosen.name, settings, seed, seconds, reports, drift, notes, spent)
                 content = json.dumps(report.to_dict(), indent=1).encode()
@@ -290,8 +294,7 @@ def _drift(
         adapter=str(stage / ADAPTER),
         dtype=str(dtype).removeprefix("torch."),
     )
-    aside = max(report.start_drift for report in reports)
-    if stream.method.residual or aside <= _ROUNDING:
+    if start_note(reports, stream.residual_kind) is None:
         _check_drift(drift, dtype, stage)
     return drift
 
@@ -305,9 +308,10 @@ def _check_drift(drift: float | None, dtype: torch.dtype, stage: Path) -> None:
         )
 
 
-def _notes(method: Method, with_residual: bool) -> list[str]:
+def _notes(method: Method, with_residual: bool, reports: Sequence[LayerReport]) -> list[str]:
     if not method.residual:
-        return []
+        note = start_note(reports, None)
+        return [note] if note else []
     return [WEIGHT_DECAY_NOTE] if with_residual else [_NO_RESIDUAL_NOTE, WEIGHT_DECAY_NOTE]
 
 

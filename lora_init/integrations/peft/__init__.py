@@ -25,6 +25,7 @@ from lora_init.integrations.peft.fusion import FuseReport, fuse, unfuse
 from lora_init.integrations.peft.layers import (
     LoraLinear,
     any_sharded,
+    base_tensors,
     check_adapter,
     commit,
     deferred_interrupt,
@@ -46,7 +47,7 @@ from lora_init.integrations.peft.sharded import is_sharded, reshard
 from lora_init.integrations.peft.shares import ALIKE, Solved, describe, dropout, read, solve
 from lora_init.methods import Layer, Method, resolve_method
 from lora_init.parallel import map_layers
-from lora_init.report import WEIGHT_DECAY_NOTE, Report, first_output, relative_drift
+from lora_init.report import WEIGHT_DECAY_NOTE, Report, first_output, relative_drift, start_note
 from lora_init.staging import merged_into, move_into
 
 __all__ = ["FuseReport", "fuse", "initialize", "resume", "save_adapter", "unfuse"]
@@ -167,7 +168,9 @@ def initialize(
                 before = run(forward)
 
         # Before the weights are written: the model knows of them when Ctrl-C takes effect.
-        notes = []
+        reports = [layer.report for layer in solved]
+        note = start_note(reports, kind)
+        notes = [note] if note else []
         if kind is None:
             detach(model, adapter)
         else:
@@ -188,7 +191,6 @@ def initialize(
         if before is not None:
             drift = max(job.gather(relative_drift(run(forward), before)))
     seconds = time.perf_counter() - began
-    reports = [layer.report for layer in solved]
     return Report(chosen.name, dataclasses.asdict(chosen), seed, seconds, reports, drift, notes)
 
 
@@ -353,7 +355,8 @@ def _data(
         return None
     base = {name: module.get_base_layer() for name, module in modules.items()}
     shown = calibration.progress if calibration.progress is not None else progress
-    return Data(calibration, Source(model, base, partial(pretrained, model)), shown)
+    source = Source(model, base, partial(base_tensors, model), partial(pretrained, model))
+    return Data(calibration, source, shown)
 
 
 def _changed_ranks(

@@ -238,6 +238,19 @@ def pretrained(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = disabled
 
 
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that a PEFT model without its adapters computes with, by name: parameters, buffers, and
+    the state of quantised weights.
+    """
+    tensors = model.state_dict() | dict(model.named_buffers())
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not any(x.startswith("lora_") or x == "modules_to_save" for x in name.split("."))
+        and isinstance(tensor, Tensor)
+    }
+
+
 def rescaled(module: LoraLinear, adapter: str, r: int) -> tuple[float, float]:
     """(α, s) of a layer that gets another rank: α/r stays, and s is what PEFT makes of the two. A
     layer of rank 0 keeps both.

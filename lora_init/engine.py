@@ -177,15 +177,17 @@ def solve_group(
             for t in (x.A, x.B)
         ]
         finite = [math.isfinite(peak) for peak in values(peaks)]
-        for i, result, A, B in zip(missing, solved, finite[::2], finite[1::2], strict=True):
-            if not (A and B):
+        for i, result, *fine in zip(missing, solved, finite[::2], finite[1::2], strict=True):
+            if not all(fine):
                 raise LoraInitError(
                     f"{layers[i].name}: {method.name} gave factors that are not finite; it "
                     f"diverged: lower lr"
                 )
             info = {"method": method.name, "seconds": seconds} | resolved[i] | result.info
             info["cached"] = False
-            found[i] = kept = Factors(result.A, result.B, result.scaling, info)
+            # Row-major, as files want them.
+            A, B = result.A.contiguous(), result.B.contiguous()
+            found[i] = kept = Factors(A, B, result.scaling, info)
             if store:
                 store.put(keys[i], kept)
     return [factors for factors in found if factors is not None]

@@ -46,7 +46,10 @@ class Calibration:
             runs over the data. "auto" is half of what a GPU has free, and 4 GiB on the CPU. Changes
             no bit of the result.
         key: names a `loss_fn` in the cache, which does not know its code: without a key, what is
-            collected with a `loss_fn` is not cached.
+            collected with a `loss_fn` is not cached. The same goes for `train_step`.
+        train_step: (model, batch on the model's device, parameters) for a method that needs
+            training (hrp): one step on `parameters`, the factors of a temporary LoRA, by an
+            optimizer of its own. Called for each batch in turn; all else is frozen.
         progress: True or False, or None for what `initialize` was told.
 
     Raises:
@@ -62,6 +65,7 @@ class Calibration:
     checkpointing: bool | Literal["auto"] = "auto"
     block_bytes: int | Literal["auto"] = "auto"
     key: str | None = None
+    train_step: Callable[[nn.Module, Any, list[nn.Parameter]], object] | None = None
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -69,10 +73,13 @@ class Calibration:
             raise LoraInitError(
                 f"dataloader must be an iterable of batches, got {type(self.dataloader).__name__}"
             )
-        if self.loss_fn is not None and not callable(self.loss_fn):
-            raise LoraInitError(
-                f"loss_fn must be a function of (model, batch), got {self.loss_fn!r}"
-            )
+        for name, arguments in (
+            ("loss_fn", "(model, batch)"),
+            ("train_step", "(model, batch, parameters)"),
+        ):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise LoraInitError(f"{name} must be a function of {arguments}, got {function!r}")
         for name in ("num_batches", "block_bytes"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -86,11 +93,18 @@ class Calibration:
             raise LoraInitError(
                 f'checkpointing must be True, False or "auto", got {self.checkpointing!r}'
             )
-        if self.loss_fn is not None and self.key is None and self.cache not in (False, "auto"):
+        if self.unnamed and self.cache not in (False, "auto"):
             raise LoraInitError(
-                f"cache={self.cache!r}, but the cache cannot know what loss_fn computes: pass "
-                "key= to name it, another one whenever the function changes"
+                f"cache={self.cache!r}, but the cache cannot know what {self.unnamed} computes: "
+                "pass key= to name it, another one whenever the function changes"
             )
+
+    @property
+    def unnamed(self) -> str | None:
+        """The function that keeps what is collected out of the cache, if one does."""
+        functions = {"loss_fn": self.loss_fn, "train_step": self.train_step}
+        given = [name for name, function in functions.items() if function is not None]
+        return given[0] if given and self.key is None else None
 
     @cached_property
     def batches(self) -> list[Any]:

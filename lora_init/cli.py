@@ -30,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cache_app = typer.Typer(help="The factors kept from earlier runs.")
+cache_app = typer.Typer(help="What was kept from earlier runs: factors, and statistics of data.")
 app.add_typer(cache_app, name="cache")
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="New or empty directory.")]
@@ -189,14 +189,14 @@ def export(
 def info(cache_dir: CacheDirectory = None) -> None:
     """Say where the cache is and how large."""
     cache = Cache(cache_dir or default_directory())
-    print(f"{cache.directory}: {len(cache.files())} layers, {cache.size() / 1e6:.1f} MB")
+    print(f"{cache.directory}: {len(cache.files())} entries, {cache.size() / 1e6:.1f} MB")
 
 
 @cache_app.command()
 def clear(cache_dir: CacheDirectory = None) -> None:
     """Remove everything in the cache."""
     cache = Cache(cache_dir or default_directory())
-    print(f"{cache.directory}: removed {cache.clear()} layers")
+    print(f"{cache.directory}: removed {cache.clear()} entries")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

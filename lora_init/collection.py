@@ -24,7 +24,7 @@ from lora_init.factors import LoraInitError, weight_digest
 from lora_init.methods import Layer, Method, Progress
 from lora_init.parallel import map_layers, values
 from lora_init.statistics import State, Statistic, TokenMask, Tokens
-from lora_init.tap import as_found, recomputed, tapped, version_of
+from lora_init.tap import as_found, recomputed, tapped, version_of, with_lora
 
 # Of statistics' states at once on the CPU; a GPU's limit is half of what it has free.
 _CPU_BLOCK_BYTES = 4 << 30
@@ -34,7 +34,7 @@ _CACHED_BYTES = 32 << 20
 # Part of every key: raise it when the same inputs would give other values.
 _FORMAT = 1
 
-Wanted = Sequence[tuple[str, Statistic]]
+Wanted = list[tuple[str, Statistic]]
 Results = dict[tuple[str, Statistic], Mapping[str, Tensor]]
 
 
@@ -90,10 +90,12 @@ class Data:
     progress: bool | None = None
 
     def blocks(self, layers: Sequence[Layer], method: Method) -> list[list[Layer]]:
-        """Consecutive layers whose statistics are collected at once, as many as memory allows."""
-        if not layers:
-            return []
+        """Consecutive layers whose statistics are collected at once, as many as memory allows; all
+        that are trained together.
+        """
         seen = [self._seen(layer) for layer in layers]
+        if any(s.trained for layer in seen for s in method.statistics(layer)) or not layers:
+            return [list(layers)]
         sizes = [sum(s.state_bytes(layer) for s in set(method.statistics(layer))) for layer in seen]
         device = seen[0].weight.device
         limit = group_limit(device, self.calibration.block_bytes, _CPU_BLOCK_BYTES)
@@ -107,16 +109,14 @@ class Data:
         """
         found: dict[str, dict[str, Tensor]] = {layer.name: {} for layer in layers}
         seen = {layer.name: self._seen(layer) for layer in layers}
-        for single in (False, True):
-            wanted = [
-                (name, statistic)
-                for name, layer in seen.items()
-                for statistic in dict.fromkeys(method.statistics(layer))
-                if statistic.single == single
-            ]
-            if wanted:
-                for (name, _), collected in self._collected(seen, wanted, single).items():
-                    found[name] |= collected
+        runs: dict[tuple[bool, bool], Wanted] = {}
+        for name, layer in seen.items():
+            for statistic in dict.fromkeys(method.statistics(layer)):
+                kind = statistic.trained, statistic.single
+                runs.setdefault(kind, []).append((name, statistic))
+        for wanted in runs.values():
+            for (name, _), collected in self._collected(seen, wanted).items():
+                found[name] |= collected
         return [layer.changed(statistics=found[layer.name]) for layer in layers]
 
     def _seen(self, layer: Layer) -> Layer:
@@ -129,30 +129,40 @@ class Data:
         one = torch.zeros((), dtype=layer.weight.dtype, device=device)
         return layer.with_weight(one.expand(layer.weight.shape))
 
-    def _collected(self, layers: Mapping[str, Layer], wanted: Wanted, single: bool) -> Results:
-        """From the cache where it is there."""
-        store, found = self._store(), {}
+    def _collected(self, layers: Mapping[str, Layer], wanted: Wanted) -> Results:
+        """Statistics that go through in one run, from the cache where they are there."""
+        store: Cache | None = None
+        if not self.calibration.unnamed:
+            store = open_cache(self.calibration.cache)
+        trained = wanted[0][1].trained
+        together = [name for name, _ in wanted] if trained else []
+        keys, found = {}, Results()
         if store is not None:
             for name, statistic in wanted:
-                hit = store.get_tensors(self._key(layers[name], statistic), statistic.keys)
+                keys[name, statistic] = key = self._key(layers[name], statistic, together)
+                hit = store.get_tensors(key, statistic.keys)
                 if hit is not None:
                     device = layers[name].weight.device
-                    found[name, statistic] = {key: value.to(device) for key, value in hit.items()}
+                    found[name, statistic] = {part: value.to(device) for part, value in hit.items()}
         missing = [key for key in wanted if key not in found]
-        collected = self._run(layers, missing, single) if missing else {}
+        if missing and trained:
+            missing, found = wanted, {}  # layers are trained together
+        collected: Results = {}
+        if missing:
+            collected = self._trained(layers, missing) if trained else self._run(layers, missing)
         if store is not None:
-            for (name, statistic), values_by_key in collected.items():
-                size = sum(value.nbytes for value in values_by_key.values())
+            for one, parts in collected.items():
+                size = sum(value.nbytes for value in parts.values())
                 if self.calibration.cache != "auto" or size <= _CACHED_BYTES:
-                    store.put_tensors(self._key(layers[name], statistic), values_by_key)
+                    store.put_tensors(keys[one], parts)
         return found | collected
 
-    def _store(self) -> Cache | None:
-        unknown = self.calibration.loss_fn is not None and self.calibration.key is None
-        option = self.calibration.cache
-        return open_cache(False if unknown else option)
+    def _key(self, layer: Layer, statistic: Statistic, together: list[str]) -> str:
+        """All that a statistic's values depend on.
 
-    def _key(self, layer: Layer, statistic: Statistic) -> str:
+        Args:
+            together: layers whose values depend on one another.
+        """
         return digest_of(
             {
                 "format": _FORMAT,
@@ -163,14 +173,50 @@ class Data:
                 "options": asdict(statistic),
                 "mask": statistic.mask or self.calibration.token_mask,
                 "layer": layer.name,
+                "together": together,
                 "seed": None if statistic.shared else layer.seed,  # a shared one depends on x alone
             }
         )
 
-    def _run(self, layers: Mapping[str, Layer], wanted: Wanted, single: bool) -> Results:
+    def _trained(self, layers: Mapping[str, Layer], wanted: Wanted) -> Results:
+        """The factors of a temporary LoRA after the user's training steps."""
+        step, units = self.calibration.train_step, self.calibration.batches
+        assert step is not None
+        bars = Progress("training", self.progress)
+        with (
+            torch.inference_mode(False),
+            as_found(self.source.model) as seed,
+            self.source.pretrained(),
+            torch.enable_grad(),
+            bars.bar(len(units), "batch") as bar,
+        ):
+            states = {key: key[1].start(layers[key[0]]) for key in wanted}
+            factors = {
+                name: (nn.Parameter(state["A"]), nn.Parameter(state["B"]))
+                for (name, _), state in states.items()
+            }
+            parameters = [parameter for pair in factors.values() for parameter in pair]
+            seed()
+            with with_lora(self.source.modules, factors):
+                for unit in units:
+                    step(self.source.model, moved(unit, self.source.device), parameters)
+                    bar.update(1)
+        found = {}
+        for (name, statistic), state in states.items():
+            A, B = (parameter.detach() for parameter in factors[name])
+            if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+                raise LoraInitError(
+                    f"{name}: train_step made its factors NaN or infinite: lower its learning rate"
+                )
+            found[name, statistic] = statistic.finish(
+                layers[name], state | {"A": A, "B": B}, len(units)
+            )
+        return found
+
+    def _run(self, layers: Mapping[str, Layer], wanted: Wanted) -> Results:
         calibration = self.calibration
         bars = Progress("calibration", self.progress)
-        share, recompute = True, calibration.checkpointing is True
+        share, recompute, single = True, calibration.checkpointing is True, wanted[0][1].single
         while True:
             try:
                 run = _Run(self.source, layers, calibration, single, share, recompute)

@@ -59,6 +59,9 @@ class Statistic(ABC):
         shared: whether the state depends on `Tokens.x` and `Tokens.valid` alone, and not on the
             layer's name, weight or rank: layers that are fed the same tensor (q, k, v) then share
             one.
+        trained: nothing is added to its state {"A": (R, in), "B": (out, R)}: those are factors of a
+            temporary LoRA of all layers, y + (x Aᵀ) Bᵀ, that the user's `Calibration.train_step`
+            trains, one step for each batch.
     """
 
     name: ClassVar[str]
@@ -67,6 +70,7 @@ class Statistic(ABC):
     single: ClassVar[bool] = False
     mask: ClassVar[TokenMask | None] = None
     shared: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
 
     @property
     def passes(self) -> int:
@@ -84,9 +88,9 @@ class Statistic(ABC):
         values.
         """
 
-    @abstractmethod
     def add(self, layer: Layer, state: State, tokens: Tokens) -> None:
         """Add one call, in place."""
+        raise NotImplementedError
 
     def next_pass(self, layer: Layer, state: State) -> State:
         """The state to start another pass over the same data with."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 Seen = Callable[[str, Tensor], None]
@@ -99,6 +100,28 @@ def tapped(
     handles = [
         module.register_forward_hook(partial(hook, name), prepend=True)
         for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def with_lora(
+    modules: Mapping[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[None]:
+    """Inside, modules compute y + (x Aᵀ) Bᵀ for their factors A (r, in) and B (out, r), in these
+    factors' dtype.
+    """
+
+    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        A, B = factors[name]
+        return output + linear(linear(args[0].to(A.dtype), A), B).to(output.dtype)
+
+    handles = [
+        modules[name].register_forward_hook(partial(hook, name), prepend=True) for name in factors
     ]
     try:
         yield

@@ -587,10 +587,10 @@ def test_cache_is_shown_and_cleared(llama, tmp_path, capsys):
     run(llama, tmp_path / "out", *STEPS, "--cache-dir", tmp_path / "here")
     capsys.readouterr()
     assert cli("cache", "info", "--cache-dir", tmp_path / "here") == 0
-    assert "4 layers" in capsys.readouterr().out
+    assert "4 entries" in capsys.readouterr().out
     assert cli("cache", "clear", "--cache-dir", tmp_path / "here") == 0
     assert cli("cache", "info", "--cache-dir", tmp_path / "here") == 0
-    assert "removed 4 layers" in (out := capsys.readouterr().out)
-    assert "0 layers, 0.0 MB" in out
+    assert "removed 4 entries" in (out := capsys.readouterr().out)
+    assert "0 entries, 0.0 MB" in out
     assert cli("cache", "info") == 0
     assert str(tmp_path / "cache") in capsys.readouterr().out

@@ -136,6 +136,11 @@ def initialize(
         }
         if calibration is not None:
             _refuse_shards(model)
+            if chosen.needs == "training" and job.size > 1:
+                raise LoraInitError(
+                    f"{chosen.name} trains all layers together, which ranks do not share: pass "
+                    "distributed=False on each"
+                )
             call["the content of the calibration batches"] = calibration.digest
         return chosen, kind, adapter, modules, call | describe(job, modules, adapter)
 
@@ -334,6 +339,15 @@ def _check_calibration(method: Method, calibration: Calibration | None) -> None:
             f"{method.name} starts from the weights alone and would not look at the data: leave "
             "calibration out, or choose a method that needs it"
         )
+    if calibration is None:
+        return
+    if method.needs == "training" and calibration.train_step is None:
+        raise LoraInitError(
+            f"{method.name} starts from training: pass Calibration(..., "
+            "train_step=(model, batch, parameters) -> None)"
+        )
+    if method.needs != "training" and calibration.train_step is not None:
+        raise LoraInitError(f"{method.name} does not train: leave train_step out of Calibration")
 
 
 def _refuse_shards(model: nn.Module) -> None:

@@ -109,8 +109,9 @@ class Calibration:
     @cached_property
     def batches(self) -> list[Any]:
         """What was read of the dataloader, copied to the CPU."""
+        cpu = torch.device("cpu")
         with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws from it
-            batches = [moved(batch, None) for batch in islice(self.dataloader, self.num_batches)]
+            batches = [moved(batch, cpu) for batch in islice(self.dataloader, self.num_batches)]
         if not batches:
             raise LoraInitError("the calibration dataloader gave no batch")
         return batches
@@ -206,18 +207,11 @@ def token_mask(batch: Any, kind: TokenMask, where: str) -> Tensor | None:
     return mask
 
 
-def moved(batch: Any, device: torch.device | None) -> Any:
-    """A batch with its tensors on a device, or in memory of their own on the CPU; mappings become
-    dicts.
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with copies of its tensors on a device (a model may write into its inputs); mappings
+    become dicts.
     """
-    return _mapped(
-        batch,
-        lambda tensor: (
-            tensor.detach().to("cpu", copy=True)
-            if device is None
-            else tensor.to(device, non_blocking=True)
-        ),
-    )
+    return _mapped(batch, lambda tensor: tensor.detach().to(device, copy=True))
 
 
 def _mapped(batch: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -2,16 +2,19 @@
 was found."""
 
 import copy
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lora_init
@@ -19,7 +22,7 @@ from lora_init import Calibration, Factors
 from lora_init.collection import Data, Source
 from lora_init.integrations.peft.layers import base_tensors, base_values, lora_layers, pretrained
 from lora_init.methods import Layer, Method, Progress
-from lora_init.statistics import Covariance, Gradient, Statistic
+from lora_init.statistics import Covariance, ExampleGradient, Gradient, Statistic
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -136,6 +139,258 @@ def test_gradients_are_autograd_s(padding, checkpointing):
     assert len(found) == 21
     for name, G in expected.items():
         assert relative(found[name]["gradient"], G) < 1e-12, name
+
+
+class Attention(nn.Module):
+    """A model of one's own: two layers in checkpoints, one of them used twice, and dropout."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Embedding(20, 12)
+        self.first = nn.Linear(12, 12)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Linear(12, 5, bias=False)
+        self.drop = nn.Dropout(0.5)
+        self.reentrant = reentrant
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return self.act(self.first(self.act(self.first(x))))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.reentrant is not None:
+            if self.reentrant:
+                x.requires_grad_(x.is_leaf or x.requires_grad)
+            x = checkpoint(self._inner, x, use_reentrant=self.reentrant)
+        else:
+            x = self._inner(x)
+        return self.second(self.drop(x))
+
+
+def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    tokens, target = batch
+    return (model(tokens) - target).square().mean()
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["none", "new", "reentrant"])
+def test_a_layer_used_twice_adds_up_once_for_each_use_under_any_checkpoint(reentrant):
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        (
+            torch.randint(0, 20, (2, 5), generator=generator),
+            torch.randn(2, 5, 5, generator=generator).double(),
+        )
+        for _ in range(3)
+    ]
+    plain = Attention().double().eval()
+    weights = [plain.first.weight, plain.second.weight]
+    mean = sum(squares(plain, batch) for batch in data) / 3
+    expected = dict(zip(["first", "second"], torch.autograd.grad(mean, weights), strict=True))
+    uses: list[Tensor] = []
+    with torch.no_grad():
+        handle = plain.first.register_forward_pre_hook(
+            lambda _, args: uses.append(args[0].reshape(-1, 12).clone())
+        )
+        for tokens, _ in data:
+            plain(tokens)
+        handle.remove()
+
+    model = adapted(Attention(reentrant).double(), ["first", "second"])
+    model.train()
+    found = collected(model, data, Gradient(), Covariance(), loss_fn=squares)
+    for name, G in expected.items():
+        assert relative(found[name]["gradient"], G) < 1e-13
+    seen = torch.cat(uses).numpy()
+    assert len(seen) == 2 * 3 * 10
+    assert np.allclose(found["first"]["input_mean"], seen.mean(0), atol=1e-14)
+    assert np.allclose(found["first"]["input_covariance"], np.cov(seen.T, bias=True), atol=1e-14)
+
+
+def test_the_gradient_of_a_conv1d_is_out_in():
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=24, n_layer=2, n_head=4, vocab_size=61, n_positions=16)
+    base = GPT2LMHeadModel(config).double().eval()
+    data = batches()
+    model = adapted(copy.deepcopy(base), ["c_attn", "c_fc"], fan_in_fan_out=True)
+    found = collected(model, data, Gradient())
+    for name, G in gradients(base, data, list(found)).items():
+        assert (
+            found[name]["gradient"].shape
+            == lora_layers(model)[name].get_base_layer().weight.T.shape
+        )
+        assert relative(found[name]["gradient"], G) < 1e-12, name
+
+
+MASKS = {
+    "attention": lambda batch: batch["attention_mask"].bool(),
+    "labels": lambda batch: (
+        batch["attention_mask"].bool()
+        & torch.cat([batch["labels"][:, 1:] != -100, torch.zeros(3, 1).bool()], 1)
+    ),
+    "own_label": lambda batch: batch["attention_mask"].bool() & (batch["labels"] != -100),
+}
+
+
+@dataclass(frozen=True)
+class OwnLabel(Covariance):
+    mask: ClassVar[Any] = "own_label"
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_covariances_are_over_the_tokens_that_count(mask, padding):
+    data = batches(padding=padding)
+    base = llama()
+    inputs: list[Tensor] = []
+    handle = base.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0])
+    )
+    with torch.no_grad():
+        for batch in data:
+            base(**batch)
+    handle.remove()
+    rows = torch.cat([x[MASKS[mask](batch)] for x, batch in zip(inputs, data, strict=True)]).numpy()
+    model = adapted(base)
+    statistic = OwnLabel() if mask == "own_label" else Covariance()
+    token_mask = "attention" if mask == "own_label" else mask
+    found = collected(model, data, statistic, token_mask=token_mask)
+    one = found["model.layers.1.mlp.down_proj"]
+    assert np.allclose(one["input_mean"], rows.mean(0), atol=1e-14)
+    assert np.allclose(one["input_covariance"], np.cov(rows.T, bias=True), atol=1e-14)
+
+
+def test_examples_one_by_one_have_each_their_own_loss():
+    base, data = llama(), batches()
+    examples = [{k: v[i : i + 1] for k, v in batch.items()} for batch in data for i in range(3)]
+    found = collected(adapted(copy.deepcopy(base)), data, ExampleGradient(), Gradient())
+    one_by_one = gradients(base, examples, list(found))
+    together = gradients(base, data, list(found))
+    expected = collected(adapted(copy.deepcopy(base)), examples, Gradient())
+    apart = collected(adapted(copy.deepcopy(base)), data, ExampleGradient())
+    for name in found:
+        assert torch.equal(apart[name]["gradient"], expected[name]["gradient"])
+        assert relative(apart[name]["gradient"], one_by_one[name]) < 1e-12
+        assert relative(one_by_one[name], together[name]) > 1e-3
+
+
+def test_bf16_models_are_summed_in_fp32():
+    base, data = llama(torch.bfloat16), batches()
+    found = collected(adapted(copy.deepcopy(base)), data, Gradient(), Covariance())
+    assert {v.dtype for values in found.values() for v in values.values()} == {torch.float32}
+    exact = gradients(base, data, list(found))
+    assert max(relative(found[name]["gradient"], exact[name]) for name in found) < 0.1
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def test_blocks_and_checkpoints_change_no_bit():
+    base, data = llama(torch.float32), batches()
+    wanted = (Gradient(), Covariance())
+    whole = collected(adapted(copy.deepcopy(base)), data, *wanted)
+    for options in ({"block_bytes": 1}, {"block_bytes": 12_000}, {"checkpointing": True}):
+        parts = collected(adapted(copy.deepcopy(base)), data, *wanted, **options)
+        assert parts.keys() == whole.keys()
+        for name, values in whole.items():
+            for key, value in values.items():
+                assert torch.equal(parts[name][key], value), (name, key, options)
+
+
+def test_a_block_s_statistics_are_gone_before_the_next_is_collected(monkeypatch):
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    start = Gradient.start
+
+    def counted(self: Gradient, layer: Layer) -> Any:
+        nonlocal most
+        state = start(self, layer)
+        alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(state["sum"])]
+        most = max(most, len(alive))
+        return state
+
+    monkeypatch.setattr(Gradient, "start", counted)
+    for block_bytes, expected in ((1, 1), ("auto", 21)):
+        data = Calibration(batches(), block_bytes=block_bytes, cache=False)
+        lora_init.initialize(adapted(llama()), Asks(), calibration=data)
+        assert most == expected
+
+
+def test_layers_with_one_input_share_their_covariance(monkeypatch):
+    added: list[str] = []
+    add = Covariance.add
+
+    def counted(self: Covariance, layer: Layer, *rest: Any) -> None:
+        added.append(layer.name)
+        add(self, layer, *rest)
+
+    data = batches()
+    found = collected(adapted(llama()), data, Covariance())
+    monkeypatch.setattr(Covariance, "add", counted)
+    again = collected(adapted(llama()), data, Covariance())
+    assert len(added) == 3 * 9 * 4  # q/k/v, o, gate/up, down of three layers in nine examples
+    alone = {}
+    for kind in LINEAR:
+        alone |= collected(adapted(llama(), [kind]), data, Covariance())
+    assert alone.keys() == found.keys()
+    for name, values in found.items():
+        assert torch.equal(values["input_covariance"], alone[name]["input_covariance"])
+        assert torch.equal(values["input_covariance"], again[name]["input_covariance"])
+
+
+class Sometimes(nn.Module):
+    """Two layers that are fed one tensor, until a batch says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.one, self.two = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, how: str) -> Tensor:
+        if how == "apart":
+            return self.one(x) + self.two(x.flip(0) * 2)
+        if how == "changed":
+            y = self.one(x)
+            return y + self.two(x.mul_(2))
+        if how == "twice":
+            return self.one(x) + self.two(x) + self.two(x)
+        return self.one(x) + self.two(x)
+
+
+@pytest.mark.parametrize("how", ["apart", "changed", "twice"])
+@pytest.mark.parametrize("when", [0, 2])
+def test_layers_whose_inputs_part_ways_are_summed_apart(how, when):
+    x = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(0)).double()
+    data = [{"x": x[i].clone(), "how": how if i == when else "same"} for i in range(4)]
+    found = collected(adapted(Sometimes().double(), ["one", "two"]), data, Covariance())
+    second = [torch.cat([x[i]] * 2) if (how, i) == ("twice", when) else x[i] for i in range(4)]
+    if how != "twice":
+        second[when] = second[when] * 2
+    for name, rows in (("one", x.reshape(-1, 6)), ("two", torch.cat(second))):
+        expected = np.cov(rows.numpy().T, bias=True)
+        assert np.allclose(found[name]["input_covariance"], expected, atol=1e-14)
+
+
+def test_a_batch_that_does_not_fit_is_run_with_checkpoints():
+    base, data = llama(torch.float32), batches()
+    calls = []
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        layers = model.get_base_model().model.layers
+        calls.append("forward" in vars(layers[0]))
+        if not calls[-1] and len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return model(**batch).loss
+
+    model = adapted(copy.deepcopy(base))
+    found = collected(model, data, Gradient(), loss_fn=loss_fn)
+    assert calls == [False, False, True, True, True]
+    assert "forward" not in vars(model.get_base_model().model.layers[0])
+    expected = collected(adapted(copy.deepcopy(base)), data, Gradient())
+    assert all(torch.equal(found[n]["gradient"], expected[n]["gradient"]) for n in expected)
+    calls.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        collected(model, data, Gradient(), loss_fn=loss_fn, checkpointing=False)
 
 
 def test_initialize_collects_what_the_method_asks_for():

@@ -162,9 +162,10 @@ class Calibration:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise LoraInitError(f"the loss must be a tensor of one number, got {shape} in {where}")
-        if not math.isfinite(loss.detach()):
+        value = float(loss.detach())
+        if not math.isfinite(value):
             raise LoraInitError(
-                f"the loss is {float(loss)} in {where}: check its labels (a batch of which all are "
+                f"the loss is {value} in {where}: check its labels (a batch of which all are "
                 f"{_IGNORED_LABEL} has no loss), or run the model in a wider dtype"
             )
         if not loss.requires_grad:

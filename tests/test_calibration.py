@@ -1,6 +1,7 @@
 """Data through the pretrained model: what is collected, against plain torch, and a model left as it
 was found."""
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Sequence
@@ -18,11 +19,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import lora_init
-from lora_init import Calibration, Factors
+from lora_init import Calibration, Factors, LoraInitError
 from lora_init.collection import Data, Source
 from lora_init.integrations.peft.layers import base_tensors, base_values, lora_layers, pretrained
 from lora_init.methods import Layer, Method, Progress
-from lora_init.statistics import Covariance, ExampleGradient, Gradient, Statistic
+from lora_init.statistics import (
+    Covariance,
+    ExampleGradient,
+    Gradient,
+    PrincipalComponents,
+    State,
+    Statistic,
+)
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -51,6 +59,36 @@ class Asks(Method):
             C = layer.statistics.get("input_covariance", torch.zeros(layer.r, in_features))
             found.append(Factors(C[: layer.r], G[:, : layer.r], layer.scaling))
         return found
+
+
+@dataclass(frozen=True)
+class Product(Statistic):
+    """B A of the temporary LoRA, from A = 0.1 and B = 0."""
+
+    name: ClassVar[str] = "product"
+    keys: ClassVar[tuple[str, ...]] = ("gradient",)
+    trained: ClassVar[bool] = True
+
+    def state_bytes(self, layer: Layer) -> int:
+        return 0
+
+    def start(self, layer: Layer) -> State:
+        out_features, in_features = layer.weight.shape
+        A = layer.weight.new_full((5, in_features), 0.1)
+        return {"A": A, "B": A.new_zeros(out_features, 5)}
+
+    def finish(self, layer: Layer, state: State, losses: int) -> dict[str, Tensor]:
+        return {"gradient": state["B"] @ state["A"]}
+
+
+@dataclass(frozen=True)
+class Trains(Asks):
+    """As `Asks`, of what was trained."""
+
+    name: ClassVar[str] = "trains"
+    needs: ClassVar[Any] = "training"
+
+    wanted: tuple[Statistic, ...] = (Product(),)
 
 
 def llama(dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
@@ -391,6 +429,328 @@ def test_a_batch_that_does_not_fit_is_run_with_checkpoints():
     calls.clear()
     with pytest.raises(torch.OutOfMemoryError):
         collected(model, data, Gradient(), loss_fn=loss_fn, checkpointing=False)
+
+
+# -- the model as it was --------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Everything that a pass could leave behind: batch statistics, a buffer that counts calls, one
+    that a call makes, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.embed = nn.Embedding(20, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(12, 12), nn.Dropout(0.5))])
+        self.head = nn.Linear(12, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(1))
+        self.config = LlamaConfig(use_cache=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.calls += 1
+        self.scale = self.scale * 2
+        self.register_buffer("last", tokens)
+        x = self.norm(self.embed(tokens).flatten(0, 1))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x + torch.randn(12).double())
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    """All of a model's state that a pass might touch, and the generator's."""
+    found: dict[str, Any] = {"rng": torch.get_rng_state().tolist()}
+    for name, parameter in model.named_parameters():
+        grad = None if parameter.grad is None else parameter.grad.tolist()
+        found[f"parameter {name}"] = (parameter.tolist(), parameter.requires_grad, grad)
+    for name, buffer in model.named_buffers():
+        found[f"buffer {name}"] = (id(buffer), buffer.tolist())
+    for name, module in model.named_modules():
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        found[f"module {name}"] = (
+            module.training,
+            [list(getattr(module, kind).values()) for kind in hooks],
+            "forward" in vars(module),
+            getattr(module, "_disable_adapters", None),
+            getattr(module, "active_adapters", None),
+        )
+    found["use_cache"] = model.get_base_model().config.use_cache
+    return found
+
+
+def unusual(disabled: bool) -> PeftModel:
+    """A model in as many states as it can be in."""
+    model = adapted(Counting().double(), ["0.0", "head"], lora_dropout=0.1)
+    model.train()
+    model.get_base_model().norm.eval()
+    model.get_base_model().norm.weight.requires_grad_(True)
+    model.get_base_model().norm.weight.grad = torch.ones(12).double()
+    layers = lora_layers(model)
+    layers["head"].lora_A["default"].weight.requires_grad_(False)
+    layers["head"].lora_B["default"].weight.grad = torch.ones(3, 4).double()
+    layers["head"].get_base_layer().register_forward_hook(lambda *_: None)
+    if disabled:
+        model.base_model.disable_adapter_layers()
+    return model
+
+
+def failing(error: BaseException | None, at: int) -> Any:
+    calls = []
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        calls.append(1)
+        loss = model(batch).square().mean()
+        if len(calls) > at and error is not None:
+            raise error
+        return loss
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("disabled", [False, True], ids=["enabled", "disabled"])
+@pytest.mark.parametrize(
+    "error",
+    [None, KeyboardInterrupt(), ValueError("mine"), torch.OutOfMemoryError("full")],
+    ids=["fine", "ctrl_c", "error", "memory"],
+)
+@pytest.mark.parametrize("wanted", [Gradient(), Covariance()], ids=["gradients", "activations"])
+def test_the_model_is_left_as_it_was(wanted, error, disabled):
+    data = [torch.arange(6).reshape(2, 3) + i for i in range(3)]
+    loader = torch.utils.data.DataLoader(data, batch_size=None, shuffle=True)
+    model = unusual(disabled)
+    torch.manual_seed(11)
+    before = everything(model)
+    with contextlib.ExitStack() as stack:
+        if error is not None:
+            stack.enter_context(pytest.raises(type(error)))
+        collected(model, loader, wanted, loss_fn=failing(error, 1), checkpointing=True)
+    after = everything(model)
+    assert after.keys() == before.keys()
+    for what, value in before.items():
+        assert after[what] == value, what
+
+
+def test_a_failed_initialisation_changes_nothing():
+    model = unusual(False)
+    before = everything(model)
+    data = Calibration([torch.arange(6)[None]] * 3, failing(KeyboardInterrupt(), 1))
+    with pytest.raises(KeyboardInterrupt):
+        lora_init.initialize(model, Asks(), calibration=data)
+    assert everything(model) == before
+
+
+def test_gradients_are_of_the_pretrained_model_in_eval_mode():
+    base, data = llama(attention_dropout=0.5), batches()
+    model = adapted(copy.deepcopy(base), lora_dropout=0.3)
+    for module in lora_layers(model).values():
+        nn.init.normal_(module.lora_B["default"].weight)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.train()
+    found = collected(model, data, Gradient())
+    for name, G in gradients(base, data, list(found)).items():
+        assert relative(found[name]["gradient"], G) < 1e-12, name
+
+
+def test_calls_under_no_grad_inference_mode_or_autocast_collect_the_same():
+    data = batches()
+    expected = collected(adapted(llama(torch.float32)), data, Gradient(), Covariance())
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        model = adapted(llama(torch.float32))
+        with mode:
+            found = collected(model, data, Gradient(), Covariance())
+        for name, values in expected.items():
+            assert all(torch.equal(values[key], found[name][key]) for key in values)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collected(adapted(llama(torch.float32)), data, Gradient(), Covariance())
+    for name, values in expected.items():
+        assert found[name]["gradient"].dtype == torch.float32
+        assert relative(found[name]["gradient"], values["gradient"]) < 0.1
+
+
+# -- refused --------------------------------------------------------------------------------------
+
+
+def with_batch(index: int, **changes: Any) -> list[dict[str, Tensor]]:
+    data = batches()
+    data[index] = {k: v for k, v in (data[index] | changes).items() if v is not None}
+    return data
+
+
+def nan_weights(model: PeftModel) -> PeftModel:
+    """NaN after the embedding of one token that only the second batch has."""
+    model.get_base_model().model.embed_tokens.weight.data[60] = float("nan")
+    return model
+
+
+NOTHING = torch.zeros(3, 7, dtype=torch.long)
+TOKENS = torch.arange(21).reshape(3, 7)
+REFUSED = {
+    "no_token": (
+        with_batch(1, attention_mask=NOTHING),
+        {},
+        r"batch 1 has no token that counts \(attention mask\): leave it out",
+    ),
+    "no_label": (
+        with_batch(1, labels=NOTHING - 100),
+        {},
+        "the loss is nan in batch 1: check its labels",
+    ),
+    "no_label_that_counts": (
+        with_batch(2, labels=NOTHING - 100),
+        {"token_mask": "labels"},
+        r"batch 2 has no token that counts \(labels mask\)",
+    ),
+    "labels_of_sentences": (
+        with_batch(0, labels=torch.zeros(3, dtype=torch.long)),
+        {"token_mask": "labels"},
+        'token_mask="labels", but batch 0 has no labels of one for each token',
+    ),
+    "no_labels": (
+        with_batch(1, labels=None),
+        {},
+        "the model's output has no loss in batch 1: put labels into the batches, or pass loss_fn",
+    ),
+    "mask_of_four_dimensions": (
+        with_batch(0, attention_mask=torch.ones(3, 1, 7, 7)),
+        {},
+        r"attention_mask must be \(batch, tokens\), got \(3, 1, 7, 7\) in batch 0",
+    ),
+    "loss_of_several": (
+        batches(),
+        {"loss_fn": lambda model, batch: model(**batch).logits},
+        r"the loss must be a tensor of one number, got \(3, 7, 61\) in batch 0",
+    ),
+    "loss_of_nothing": (
+        batches(),
+        {"loss_fn": lambda model, batch: torch.zeros(())},
+        "the loss does not depend on any adapted layer in batch 0",
+    ),
+    "loss_without_grad": (
+        batches(),
+        {"loss_fn": torch.no_grad()(lambda model, batch: model(**batch).loss)},
+        "the loss does not depend on any adapted layer in batch 0",
+    ),
+    "infinite_loss": (
+        batches(),
+        {"loss_fn": lambda model, batch: model(**batch).loss / 0},
+        "the loss is inf in batch 0",
+    ),
+    "tuples_without_loss_fn": ([(TOKENS, TOKENS)], {}, "a batch is a tuple: pass loss_fn"),
+    "no_batches": ([], {}, "the calibration dataloader gave no batch"),
+}
+
+
+@pytest.mark.parametrize(("data", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_data_is_refused_and_the_model_untouched(data, options, message):
+    model = adapted(llama(torch.float32))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = Asks((Gradient(), Covariance()))
+    with pytest.raises(LoraInitError, match=message):
+        lora_init.initialize(model, wanted, calibration=Calibration(data, **options))
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+
+
+def test_values_that_are_not_finite_name_the_layer_and_batch():
+    clean = [{k: v.clamp(max=59) for k, v in batch.items()} for batch in batches()]
+    clean[1]["input_ids"][0, 0] = 60
+    model = nan_weights(adapted(llama(torch.float32, tie_word_embeddings=False)))
+    expected = r"layers\.0\.self_attn\.q_proj: its input has NaN or infinite values in batch 1"
+    with pytest.raises(LoraInitError, match=expected):
+        collected(model, clean, PrincipalComponents(4))
+    # of a token that the mask leaves out it does not matter
+    clean[1]["input_ids"][0, 0], clean[1]["input_ids"][1, -1] = 1, 60
+    assert not clean[1]["attention_mask"][1, -1]
+    collected(adapted(llama(torch.float32)), clean, PrincipalComponents(4))
+
+    def exploding(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(**batch).logits.float()
+        return (logits.sum() * 0).abs().sqrt() + model(**batch).loss  # d√0
+
+    expected = r"layers\.2\.\S+: the gradient by its output has NaN or infinite values in batch 0"
+    with pytest.raises(LoraInitError, match=expected):
+        collected(adapted(llama(torch.float32)), batches(), Gradient(), loss_fn=exploding)
+
+
+class Pooled(nn.Module):
+    """A layer that sees one token a sentence, as BERT's pooler, and one that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.dense = nn.Embedding(61, 8), nn.Linear(8, 4)
+        self.pooler, self.unused = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.pooler(self.dense(self.embed(input_ids))[:, 0])
+
+
+def test_a_layer_whose_rows_are_not_the_mask_s_is_named():
+    data = [{"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}]
+    model = adapted(Pooled(), ["dense", "pooler"])
+    message = (
+        r"pooler: it was called with 3 rows in batch 0, whose mask is \(3, 7\), of 21 positions"
+    )
+    with pytest.raises(LoraInitError, match=message):
+        collected(model, data, PrincipalComponents(2))
+    found = collected(model, [{"input_ids": TOKENS}], PrincipalComponents(2))
+    assert found["pooler"]["components"].shape == (2, 4)
+
+
+def test_a_layer_that_the_data_does_not_reach_is_named():
+    model = adapted(Pooled(), ["dense", "unused"])
+    with pytest.raises(LoraInitError, match="unused: it was never called in the calibration data"):
+        collected(model, [{"input_ids": TOKENS}], PrincipalComponents(2))
+    model = adapted(Attention(reentrant=True), ["first", "second"])
+    data = [(TOKENS % 20, torch.zeros(3, 7, 5))]
+
+    def detached(model: nn.Module, batch: Any) -> Tensor:
+        return squares(lambda tokens: model(tokens).detach() + model.second(torch.ones(12)), batch)
+
+    with pytest.raises(LoraInitError, match=r"first: it got no gradient .*enable_input_require"):
+        collected(model, data, Gradient(), loss_fn=detached)
+
+
+OPTIONS = {
+    "dataloader": ({"dataloader": 3}, "dataloader must be an iterable of batches, got int"),
+    "loss_fn": ({"loss_fn": 3}, r"loss_fn must be a function of \(model, batch\), got 3"),
+    "num_batches": ({"num_batches": 0}, "num_batches must be a whole number ≥ 1, got 0"),
+    "block_bytes": ({"block_bytes": "all"}, "block_bytes must be a whole number ≥ 1, got 'all'"),
+    "token_mask": (
+        {"token_mask": "all"},
+        'token_mask must be "attention" or "labels", got \'all\'',
+    ),
+    "checkpointing": ({"checkpointing": 2}, 'checkpointing must be True, False or "auto", got 2'),
+    "key": ({"loss_fn": squares, "cache": True}, "the cache cannot know what loss_fn computes"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS.values(), ids=OPTIONS)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(LoraInitError, match=message):
+        Calibration(**{"dataloader": batches()} | options)
+
+
+def test_calls_that_do_not_fit_the_method_are_refused():
+    model, data = adapted(llama(torch.float32)), Calibration(batches())
+    with pytest.raises(LoraInitError, match=r"asks starts from data \(gradients\): pass"):
+        lora_init.initialize(model, Asks())
+    with pytest.raises(LoraInitError, match=r"pissa starts from the weights alone .*leave calibr"):
+        lora_init.initialize(model, "pissa", calibration=data)
+    step = Calibration(batches(), train_step=lambda *_: None)
+    with pytest.raises(LoraInitError, match="asks does not train: leave train_step out"):
+        lora_init.initialize(model, Asks(), calibration=step)
+    with pytest.raises(LoraInitError, match=r"trains starts from training: pass .*train_step="):
+        lora_init.initialize(model, Trains(), calibration=data)
+    weight = {"q": torch.ones(4, 4)}
+    with pytest.raises(LoraInitError, match="q: asks starts from data, and 'gradient' of this"):
+        lora_init.approximate(weight, 2, Asks())
+
+
+def test_a_batch_that_cannot_be_cut_into_examples_is_refused():
+    ragged = {"input_ids": TOKENS, "labels": TOKENS, "lengths": torch.ones(2)}
+    with pytest.raises(LoraInitError, match=r"batch 1 cannot be cut .* tensors have \[2, 3\] rows"):
+        _ = Calibration([{"input_ids": TOKENS}, ragged]).examples
 
 
 def test_initialize_collects_what_the_method_asks_for():

@@ -174,7 +174,7 @@ class Data:
                 "mask": statistic.mask or self.calibration.token_mask,
                 "layer": layer.name,
                 "together": together,
-                "seed": None if statistic.shared else layer.seed,  # a shared one depends on x alone
+                "seed": layer.seed if statistic.trained else None,
             }
         )
 

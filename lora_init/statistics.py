@@ -48,7 +48,8 @@ class Tokens:
 @dataclass(frozen=True)
 class Statistic(ABC):
     """One thing that is summed over the data; its dataclass fields are its options, and with the
-    name all that its cache entry is keyed by beside model and data.
+    name all that its cache entry is keyed by beside model and data. So nothing of it may depend on
+    the layer's rank, nor, unless it is `trained`, on the run's seed.
 
     Class attributes:
         name: of cache entries and errors.

@@ -19,10 +19,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import lora_init
-from lora_init import Calibration, Factors, LoraInitError
+from lora_init import Calibration, Factors, LoraInitError, collection
+from lora_init.cache import Cache
 from lora_init.collection import Data, Source
 from lora_init.integrations.peft.layers import base_tensors, base_values, lora_layers, pretrained
 from lora_init.methods import Layer, Method, Progress
+from lora_init.sketch import GradientSketch
 from lora_init.statistics import (
     Covariance,
     ExampleGradient,
@@ -429,6 +431,225 @@ def test_a_batch_that_does_not_fit_is_run_with_checkpoints():
     calls.clear()
     with pytest.raises(torch.OutOfMemoryError):
         collected(model, data, Gradient(), loss_fn=loss_fn, checkpointing=False)
+
+
+# -- more than sums ------------------------------------------------------------------------------
+
+
+def test_another_pass_goes_over_the_same_data_whatever_the_loader_shuffles():
+    base = llama()
+    torch.manual_seed(2)
+    loader = torch.utils.data.DataLoader(batches(6), batch_size=None, shuffle=True)
+    data = Calibration(loader, num_batches=4, cache=False)
+    found = collected(adapted(copy.deepcopy(base)), data, GradientSketch(4, passes=3), Gradient())
+    assert len(data.batches) == 4
+    expected = gradients(base, data.batches, list(found))
+    for name, G in expected.items():
+        assert relative(found[name]["gradient"], G) < 1e-12, name
+        U, S, V = (found[name][f"gradient_{part}"] for part in "USV")
+        exact = torch.linalg.svd(G)
+        best = exact.U[:, :4] * exact.S[:4] @ exact.Vh[:4]
+        error = float((U * S @ V.T - G).square().sum())
+        assert error < 1.05 * float((best - G).square().sum()) + 1e-12 * float(G.square().sum())
+
+
+def test_a_training_step_trains_a_temporary_lora_of_the_pretrained_model():
+    base, data = llama(), batches()
+    model = adapted(copy.deepcopy(base), ["q_proj", "down_proj"])
+    before = everything(model)
+    optimizers: list[torch.optim.Optimizer] = []
+    batch_losses = []
+
+    def step(model: nn.Module, batch: dict[str, Tensor], parameters: list[nn.Parameter]) -> None:
+        if not optimizers:
+            optimizers.append(torch.optim.SGD(parameters, lr=0.1))
+        loss = model(**batch).loss
+        batch_losses.append(float(loss.detach()))
+        loss.backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+    found = collected(model, data, Product(), train_step=step)
+    assert everything(model) == before
+    # the same with peft's LoRA layers, alpha = r
+    other = adapted(copy.deepcopy(base), ["q_proj", "down_proj"], r=5, lora_alpha=5)
+    for module in lora_layers(other).values():
+        nn.init.constant_(module.lora_A["default"].weight, 0.1)
+    optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.1)
+    for batch, seen in zip(data, batch_losses, strict=True):
+        loss = other(**batch).loss
+        assert float(loss.detach()) == pytest.approx(seen, rel=1e-6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, module in lora_layers(other).items():
+        expected = module.lora_B["default"].weight @ module.lora_A["default"].weight
+        assert relative(found[name]["gradient"], expected) < 1e-5, name
+    report = lora_init.initialize(
+        model, Trains(), calibration=Calibration(data, train_step=step, num_batches=1)
+    )
+    assert len(report.layers) == 6
+
+
+def test_a_training_step_that_diverges_is_refused():
+    def step(model: nn.Module, batch: Any, parameters: list[nn.Parameter]) -> None:
+        with torch.no_grad():
+            parameters[1].fill_(float("inf"))
+
+    with pytest.raises(LoraInitError, match=r"layers\.0\.self_attn\.q_proj: train_step made"):
+        collected(adapted(llama()), batches(), Product(), train_step=step)
+
+
+@dataclass(frozen=True)
+class ByVariance(Method):
+    """Ranks by all layers' leading variance, as EVA has it: needs all layers before it resolves."""
+
+    name: ClassVar[str] = "by_variance"
+    residual: ClassVar[bool] = False
+    needs: ClassVar[Any] = "activations"
+    source: ClassVar[str] = "this test"
+
+    def statistics(self, layer: Layer) -> Sequence[Statistic]:
+        return [PrincipalComponents(4)]
+
+    def resolve(self, layers: Sequence[Layer]) -> list[dict[str, Any]]:
+        order = sorted(layers, key=lambda layer: -float(layer.statistics["variances"][0]))
+        ranks = {layer.name: 4 - i % 5 for i, layer in enumerate(order)}
+        return [{"r": ranks[layer.name]} for layer in layers]
+
+    def solve(
+        self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
+    ) -> list[Factors]:
+        starts = [layer.statistics["components"][: layer.r] for layer in layers]
+        zeros = [layer.weight.new_zeros(len(layer.weight), layer.r) for layer in layers]
+        return [Factors(*pair) for pair in zip(starts, zeros, strict=True)]
+
+
+def test_a_method_that_resolves_over_all_layers_gets_all_their_statistics():
+    ranks = []
+    for block_bytes in ("auto", 1):
+        model = adapted(llama(torch.float32))
+        data = Calibration(batches(), block_bytes=block_bytes, cache=False)
+        report = lora_init.initialize(model, ByVariance(), calibration=data)
+        ranks.append([layer.r for layer in report.layers])
+        assert sorted(ranks[-1])[:5] == [0, 0, 0, 0, 1]
+        assert len(lora_layers(model)) == 17
+    assert ranks[0] == ranks[1]
+
+
+def test_a_start_that_is_not_the_pretrained_model_is_said_and_saved_plain(tmp_path):
+    base = llama(torch.float32)
+    model = adapted(copy.deepcopy(base), r=3)
+    wanted = Asks((Gradient(), Covariance()))
+    report = lora_init.initialize(model, wanted, calibration=Calibration(batches()))
+    worst = max(report.layers, key=lambda layer: layer.start_drift)
+    for name, module in lora_layers(model).items():
+        A, B = (getattr(module, f"lora_{x}")["default"].weight.double() for x in "AB")
+        W = base.get_submodule(name).weight.double()
+        (one,) = (layer for layer in report.layers if layer.name == name)
+        drift = float((8 / 3 * B @ A).norm().detach() / W.norm())
+        assert one.start_drift == pytest.approx(drift, rel=1e-6)
+    assert "training starts from W + s·B₀A₀, not from the pretrained model" in str(report)
+    assert f"{worst.start_drift:.1e} of ‖W‖ ({worst.name})" in str(report)
+    model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "lora_init").exists()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
+    quiet = lora_init.initialize(adapted(copy.deepcopy(base)), "lora")
+    assert "training starts from" not in str(quiet)
+
+
+# -- cache ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The layers and statistics of every run over data."""
+    found: list[list[str]] = []
+    run = Data._run
+
+    def counted(self: Data, layers: Any, wanted: list[tuple[str, Statistic]]) -> Any:
+        found.append([f"{name.removeprefix('model.layers.')} {s.name}" for name, s in wanted])
+        return run(self, layers, wanted)
+
+    monkeypatch.setattr(Data, "_run", counted)
+    return found
+
+
+def test_what_was_collected_is_kept_for_other_methods_ranks_and_layers(runs):
+    targets = ["q_proj", "v_proj"]
+    data, options = batches(), {"cache": "auto"}
+    first = collected(adapted(llama(), targets), data, Gradient(), **options)
+    second = collected(adapted(llama(), targets, r=2), data, Gradient(), **options)
+    assert len(runs) == 1
+    for name, values in first.items():
+        assert torch.equal(values["gradient"], second[name]["gradient"])
+    collected(adapted(llama(), ["q_proj", "k_proj"]), data, Gradient(), Covariance(), **options)
+    assert runs[1:] == [
+        [f"{i}.self_attn.k_proj gradient" for i in range(3)],
+        [f"{i}.self_attn.{kind}_proj covariance" for i in range(3) for kind in "qk"],
+    ]
+
+
+CHANGES = {
+    "weight": lambda: (changed(llama(), "model.layers.2.mlp.up_proj.weight"), batches(), {}),
+    "norm": lambda: (changed(llama(), "model.norm.weight"), batches(), {}),
+    "buffer": lambda: (changed(llama(), "model.rotary_emb.inv_freq"), batches(), {}),
+    "config": lambda: (llama(rms_norm_eps=1e-5), batches(), {}),
+    "order": lambda: (llama(), batches()[::-1], {}),
+    "one_token": lambda: (llama(), with_batch(1, input_ids=TOKENS), {}),
+    "fewer": lambda: (llama(), batches(), {"num_batches": 2}),
+    "mask": lambda: (llama(), batches(), {"token_mask": "labels"}),
+    "key": lambda: (llama(), batches(), {"loss_fn": halved, "key": "half"}),
+}
+
+
+def changed(model: nn.Module, name: str) -> nn.Module:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors[name].data.view(-1)[2] += 1
+    return model
+
+
+def halved(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss / 2
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_model_data_or_loss_is_collected_anew(runs, change):
+    collected(adapted(llama(), ["q_proj"]), batches(), Gradient(), cache="auto")
+    base, data, options = CHANGES[change]()
+    collected(adapted(base, ["q_proj"]), data, Gradient(), cache="auto", **options)
+    assert len(runs) == 2
+    collected(adapted(base, ["q_proj"], r=1), data, Gradient(), cache="auto", **options)
+    assert len(runs) == 2
+
+
+def test_a_loss_without_a_key_and_a_large_statistic_are_not_kept(runs, monkeypatch):
+    for _ in range(2):
+        model = adapted(llama(), ["q_proj"])
+        collected(model, batches(), Gradient(), cache="auto", loss_fn=halved)
+    assert len(runs) == 2
+    monkeypatch.setattr(collection, "_CACHED_BYTES", 8 * 24 * 24 - 1)
+    for cache in ("auto", "auto", True, True):
+        collected(adapted(llama(), ["q_proj"]), batches(), Gradient(), cache=cache)
+    assert len(runs) == 5
+
+
+def test_a_damaged_entry_is_collected_again(runs, tmp_path):
+    first = collected(adapted(llama(), ["q_proj"]), batches(), Gradient(), cache=tmp_path)
+    store = Cache(tmp_path)
+    assert len(store.files()) == 3
+    content = bytearray(store.files()[1].read_bytes())
+    content[-5] ^= 4
+    store.files()[1].write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match="is unusable and will be recomputed"):
+        again = collected(adapted(llama(), ["q_proj"]), batches(), Gradient(), cache=tmp_path)
+    assert [len(run) for run in runs] == [3, 1]
+    for name, values in first.items():
+        assert torch.equal(values["gradient"], again[name]["gradient"])
+    collected(adapted(llama(), ["q_proj"]), batches(), Gradient(), cache=tmp_path)
+    assert len(runs) == 2
+    assert store.clear() == 3
 
 
 # -- the model as it was --------------------------------------------------------------------------

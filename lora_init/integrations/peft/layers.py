@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import signal
@@ -93,13 +94,12 @@ def initialisable_modules(
     for name, module in found.items():
         if reason := _why_not(module, adapter):
             raise _refusal(name, reason, "")
-    if residual == "stored":
+    if residual in ("stored", "replaced"):
         shared = _sharing(model, found)
+        virtual = 'initialize(residual="virtual") leaves the base as it is, or '
         for name, module in found.items():
             if reason := _why_base_must_stay(module, adapter) or shared.get(name):
-                raise _refusal(
-                    name, reason, 'initialize(residual="virtual") leaves the base as it is, or '
-                )
+                raise _refusal(name, reason, virtual if residual == "stored" else "")
     return found
 
 
@@ -239,16 +239,17 @@ def pretrained(model: nn.Module) -> Iterator[None]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All that a PEFT model without its adapters computes with, by name: parameters, buffers, and
-    the state of quantised weights.
+    """All that a PEFT model without its adapters computes with, by its name in the base model:
+    parameters, buffers, and the state of quantised weights.
     """
-    tensors = model.state_dict() | dict(model.named_buffers())
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not any(x.startswith("lora_") or x == "modules_to_save" for x in name.split("."))
-        and isinstance(tensor, Tensor)
-    }
+    found = {}
+    for name, tensor in (model.state_dict() | dict(model.named_buffers())).items():
+        parts = name.removeprefix(MODEL_PREFIX).split(".")
+        own = not any(part.startswith("lora_") or part == "modules_to_save" for part in parts)
+        if own and isinstance(tensor, Tensor):
+            wrappers = ("base_layer", "original_module")
+            found[".".join(part for part in parts if part not in wrappers)] = tensor
+    return found
 
 
 def rescaled(module: LoraLinear, adapter: str, r: int) -> tuple[float, float]:
@@ -266,20 +267,24 @@ def rescaled(module: LoraLinear, adapter: str, r: int) -> tuple[float, float]:
 def commit(
     modules: Sequence[LoraLinear], factors: Sequence[Factors], adapter: str, residual: Residual
 ) -> None:
-    """Write factors, from whatever device, and residuals into the model; all that can fail has been
-    tried before.
+    """Write factors, from whatever device, and residuals or what replaces the base into the model;
+    all that can fail has been tried before.
     """
 
     def one(item: tuple[LoraLinear, Factors]) -> None:
         module, stored = item
         if module.r[adapter] != stored.r:
             _resize(module, adapter, stored.r)
-        base = [module.get_base_layer().weight] if residual == "stored" else []
+        writes = residual in ("stored", "replaced")
+        base = [module.get_base_layer().weight] if writes else []
         targets = [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
         with gathered(*targets, *base, write=True) as (A, B, *weights):
             for values in weights:
                 weight = oriented(module, values)
-                on(weight.device, stored).residual(weight, out=weight)
+                if stored.base is not None:
+                    weight.copy_(stored.base)
+                else:
+                    on(weight.device, stored).residual(weight, out=weight)
             A.copy_(stored.A)
             B.copy_(stored.B)
             if residual == "virtual":
@@ -343,7 +348,8 @@ def any_sharded(modules: Iterable[LoraLinear], adapter: str) -> bool:
 
 def on(device: torch.device, factors: Factors) -> Factors:
     """The factors on a device, themselves if they are there."""
-    return Factors(factors.A.to(device), factors.B.to(device), factors.scaling, factors.info)
+    base = None if factors.base is None else factors.base.to(device)
+    return dataclasses.replace(factors, A=factors.A.to(device), B=factors.B.to(device), base=base)
 
 
 @contextlib.contextmanager

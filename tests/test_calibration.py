@@ -14,8 +14,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 import lora_init
@@ -33,6 +42,7 @@ from lora_init.statistics import (
     State,
     Statistic,
 )
+from tests import test_distributed as job
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -1069,3 +1079,114 @@ def test_a_layer_that_loses_one_adapter_keeps_the_other():
     after = {n: p.requires_grad for n, p in model.named_parameters()}
     assert after.items() <= before.items()
     model.delete_adapter("other")
+
+
+# -- several processes ----------------------------------------------------------------------------
+
+
+def run_of(name: str, data: Any, **more: Any) -> tuple[dict[str, Tensor], list[Any]]:
+    """A whole initialisation: the model's state, and the layers' ranks."""
+    method = {"asks": Asks((Gradient(), PrincipalComponents(4))), "ranks": ByVariance()}[name]
+    model = adapted(llama(torch.float32))
+    calibration = Calibration(data, cache=False, block_bytes=20_000)
+    report = lora_init.initialize(model, method, calibration=calibration, **more)
+    return dict(model.state_dict()), [layer.r for layer in report.layers]
+
+
+def alike_job(name: str) -> Any:
+    started: list[str] = []
+    start = Gradient.start
+
+    def counted(self: Gradient, layer: Layer) -> State:
+        started.append(layer.name)
+        return start(self, layer)
+
+    Gradient.start = counted
+    try:
+        return *run_of(name, batches()), started
+    finally:
+        Gradient.start = start
+
+
+@pytest.mark.parametrize("name", ["asks", "ranks"])
+def test_ranks_collect_their_layers_alone_and_get_the_same_bits(tmp_path, name):
+    torch.set_num_threads(1)
+    expected, ranks = run_of(name, batches())
+    results = job.run(2, alike_job, name, folder=tmp_path / "job")
+    for state, got, _ in results:
+        assert got == ranks
+        job.assert_same(state, expected)
+    if name == "asks":
+        (*_, one), (*_, other) = results
+        assert sorted(one + other) == sorted(lora_layers(adapted(llama())))
+        assert min(len(one), len(other)) > 5
+
+
+def apart_job() -> dict[str, str]:
+    rank = torch.distributed.get_rank()
+    found = {}
+
+    def failing_on(at: int, **more: Any) -> Any:
+        def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return model(**batch).loss * (float("nan") if rank == at else 1)
+
+        return lambda: lora_init.initialize(
+            adapted(llama()), Asks(), calibration=Calibration(batches(), loss_fn), **more
+        )
+
+    def sharded() -> Any:
+        model = adapted(llama(torch.float32))
+        fully_shard(model)
+        return lora_init.initialize(model, Asks(), calibration=Calibration(batches()))
+
+    cases = {
+        "data": lambda: run_of("asks", batches()[rank:]),
+        "training": lambda: lora_init.initialize(
+            adapted(llama()), Trains(), calibration=Calibration(batches(), train_step=print)
+        ),
+        "nan": failing_on(1),
+        "sharded": sharded,
+        "wrapped": lambda: lora_init.initialize(
+            DistributedDataParallel(adapted(llama())), Asks(), calibration=Calibration(batches())
+        ),
+    }
+    for name, case in cases.items():
+        try:
+            case()
+        except LoraInitError as error:
+            found[name] = str(error)
+    run_of("asks", batches()[rank:], distributed=False)
+    return found
+
+
+def test_ranks_that_differ_all_get_one_error(tmp_path):
+    one, other = job.run(2, apart_job, folder=tmp_path / "job")
+    assert one["data"] == other["data"]
+    assert "the content of the calibration batches is" in one["data"]
+    for found in (one, other):
+        assert "trains trains all layers together" in found["training"]
+        assert "distributed=False" in found["training"]
+        assert "the loss is nan in batch 0" in found["nan"]
+        assert "is sharded over ranks" in found["sharded"]
+        assert "initialise before fully_shard" in found["sharded"]
+        assert "outside any DDP" in found["wrapped"]
+    assert one["nan"] == f"rank 1: {other['nan']}"
+
+
+# -- real models ----------------------------------------------------------------------------------
+
+
+def test_minilm_s_gradients_with_left_out_tokens(minilm_dir, movie_reviews):
+    base = AutoModelForSequenceClassification.from_pretrained(minilm_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(minilm_dir)
+    data = []
+    for part in (movie_reviews[:3], movie_reviews[3:5]):
+        texts, labels = zip(*part, strict=True)
+        batch = tokenizer(list(texts), padding=True, truncation=True, max_length=24)
+        data.append(batch | {"labels": list(labels)})
+    data = [{key: torch.tensor(value) for key, value in batch.items()} for batch in data]
+    model = adapted(copy.deepcopy(base), ["query", "value", "output.dense"])
+    found = collected(model, data, Gradient(), PrincipalComponents(4))
+    assert len(found) == 24
+    for name, G in gradients(base, data, list(found)).items():
+        assert relative(found[name]["gradient"], G) < 1e-4, name

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +45,7 @@ from lora_init.statistics import (
     Statistic,
 )
 from tests import test_distributed as job
+from tests.test_virtual import quantised
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -978,6 +981,13 @@ def test_calls_that_do_not_fit_the_method_are_refused():
         lora_init.approximate(weight, 2, Asks())
 
 
+def test_a_checkpoint_on_disk_has_no_model_for_data_to_run_through(tmp_path):
+    llama(torch.float32).save_pretrained(tmp_path / "model")
+    with pytest.raises(LoraInitError, match=r"eva starts from data \(activations\), which runs"):
+        lora_init.initialize_checkpoint(tmp_path / "model", tmp_path / "out", "eva")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_batch_that_cannot_be_cut_into_examples_is_refused():
     ragged = {"input_ids": TOKENS, "labels": TOKENS, "lengths": torch.ones(2)}
     with pytest.raises(LoraInitError, match=r"batch 1 cannot be cut .* tensors have \[2, 3\] rows"):
@@ -1079,6 +1089,27 @@ def test_a_layer_that_loses_one_adapter_keeps_the_other():
     after = {n: p.requires_grad for n, p in model.named_parameters()}
     assert after.items() <= before.items()
     model.delete_adapter("other")
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 1e-5), (8, 0.05)], ids=["nf4", "int8"])
+def test_gradients_of_a_quantised_model_are_of_its_dequantised_weights(bits, tolerance):
+    data = batches()
+    model = adapted(quantised(llama(torch.float32), bits), ["q_proj", "v_proj"])
+    model.train()
+    plain = llama(torch.float32)
+    for name, module in plain.named_modules():
+        if name.endswith("proj"):
+            wrapped = model.get_base_model().get_submodule(name)
+            own = wrapped.get_base_layer() if isinstance(wrapped, LoraLayer) else wrapped
+            state = getattr(own, "state", None)
+            module.weight.data = dequantize_bnb_weight(own.weight, state).float()
+    method, calibration = Asks((Gradient(),)), Calibration(data, checkpointing=True)
+    report = lora_init.initialize(model, method, calibration=calibration)
+    assert len(report.layers) == 6
+    for name, G in gradients(plain, data, list(lora_layers(model))).items():
+        assert relative(lora_layers(model)[name].lora_B["default"].weight, G[:, :4]) < tolerance
+    assert all(module.training for module in model.modules())
+    model(**data[0]).loss.backward()  # not packed for the CPU, which could not train
 
 
 # -- several processes ----------------------------------------------------------------------------
@@ -1186,7 +1217,7 @@ def test_minilm_s_gradients_with_left_out_tokens(minilm_dir, movie_reviews):
         data.append(batch | {"labels": list(labels)})
     data = [{key: torch.tensor(value) for key, value in batch.items()} for batch in data]
     model = adapted(copy.deepcopy(base), ["query", "value", "output.dense"])
-    found = collected(model, data, Gradient(), PrincipalComponents(4))
+    found = collected(model, data, Gradient())
     assert len(found) == 24
     for name, G in gradients(base, data, list(found)).items():
         assert relative(found[name]["gradient"], G) < 1e-4, name

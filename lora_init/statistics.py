@@ -99,7 +99,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def finish(self, layer: Layer, state: State, losses: int) -> Mapping[str, Tensor]:
-        """The values under `keys`.
+        """The values under `keys`. The state is used up: they may be made in its memory.
 
         Args:
             losses: how many losses (batches, or examples of a `single` one) were summed.
@@ -149,7 +149,7 @@ class Covariance(Statistic):
         _refuse_no_token(layer, state["count"])
         return {
             "input_mean": state["mean"],
-            "input_covariance": state["squares"] / float(state["count"]),
+            "input_covariance": state["squares"].div_(float(state["count"])),
         }
 
 
@@ -221,7 +221,7 @@ class ScaledSquares(Statistic):
 
     def finish(self, layer: Layer, state: State, losses: int) -> Mapping[str, Tensor]:
         _refuse_no_token(layer, state["calls"])
-        return {"scaled_squares": state["squares"] / float(state["calls"])}
+        return {"scaled_squares": state["squares"].div_(float(state["calls"]))}
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Gradient(Statistic):
         total.addmm_(dy_of(tokens).to(total.dtype).T, tokens.x.to(total.dtype))
 
     def finish(self, layer: Layer, state: State, losses: int) -> Mapping[str, Tensor]:
-        return {"gradient": state["sum"] / losses}
+        return {"gradient": state["sum"].div_(losses)}
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class OutputSquares(Statistic):
 
     def finish(self, layer: Layer, state: State, losses: int) -> Mapping[str, Tensor]:
         _refuse_no_token(layer, state["count"])
-        return {"output_squares": state["sum"] / float(state["count"])}
+        return {"output_squares": state["sum"].div_(float(state["count"]))}
 
 
 def collected(layer: Layer, key: str, *shape: int) -> Tensor:

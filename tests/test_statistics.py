@@ -285,19 +285,6 @@ def test_states_take_what_they_say_and_calls_without_tokens_nothing(statistic: S
         assert torch.equal(with_empty[key], value), key
 
 
-@pytest.mark.parametrize("statistic", ALL.values(), ids=ALL)
-def test_finishing_twice_gives_the_same(statistic: Statistic) -> None:
-    one, data = layer(33, 65), calls(33, 65)
-    state = statistic.start(one)
-    for turn in range(statistic.passes):
-        state = statistic.next_pass(one, state) if turn else state
-        for tokens in data:
-            statistic.add(one, state, tokens)
-    first, second = (statistic.finish(one, state, 3) for _ in range(2))
-    for key, value in first.items():
-        assert torch.equal(value, second[key])
-
-
 @pytest.mark.parametrize(
     "name", ["covariance", "principal_components", "scaled_squares", "output_squares"]
 )

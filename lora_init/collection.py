@@ -63,17 +63,21 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """Of what the pretrained model computes: its values, its configuration and what autocasts
-        it. Its code is known by name only.
+        it. Its code is known by the names of its classes only.
         """
         tensors = {name: t for name, t in self.tensors().items() if not t.is_meta}
         digests = map_layers(weight_digest, list(tensors.values()), cost=Tensor.numel)
         config = getattr(self.model, "config", None)
         settings: dict[str, Any] = getattr(config, "to_dict", dict)()
         ignored = ("_name_or_path", "use_cache", "transformers_version")
+        kinds = {f"{type(x).__module__}.{type(x).__qualname__}" for x in self.model.modules()}
+        # Adapters and what they are made of come and go.
+        own = [kind for kind in kinds if kind.split(".")[0] not in ("lora_init", "peft", "torch")]
         device = self.device.type
         return digest_of(
             {
                 "tensors": dict(zip(tensors, digests, strict=True)),
+                "classes": sorted(own),
                 "config": {name: x for name, x in settings.items() if name not in ignored},
                 "device": device,
                 "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
@@ -429,15 +433,15 @@ class _Run:
                 )
 
     def _finished(self, wanted: Wanted) -> Results:
-        found = map_layers(
-            lambda item: item[0].finish(item[1].layer, item[1].state, len(self.units)),
-            self._distinct(wanted),
-            cost=lambda item: item[1].layer.weight.numel(),
-        )
-        by_sum = {
-            id(total): result
-            for (_, total), result in zip(self._distinct(wanted), found, strict=True)
-        }
+        sums = self._distinct(wanted)
+
+        def finished(item: tuple[Statistic, _Sum]) -> Mapping[str, Tensor]:
+            statistic, total = item
+            state, total.state = total.state, {}  # gone as soon as it is used
+            return statistic.finish(total.layer, state, len(self.units))
+
+        found = map_layers(finished, sums, cost=lambda item: item[1].layer.weight.numel())
+        by_sum = {id(total): parts for (_, total), parts in zip(sums, found, strict=True)}
         return {key: by_sum[id(self.sums[key])] for key in wanted}
 
     def _distinct(self, keys: Wanted) -> list[tuple[Statistic, _Sum]]:

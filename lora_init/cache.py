@@ -146,6 +146,8 @@ def open_cache(option: CacheOption, method: Method | None = None) -> Cache | Non
     """
     if option is False or (option == "auto" and method is not None and not method.cached):
         return None
+    if method is not None and method.replaces:  # an entry has room for factors only
+        return None
     named = option is not True and option != "auto"
     directory = Path(option) if named else default_directory()  # type: ignore[arg-type]
     try:

@@ -6,6 +6,7 @@ bits either way.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -187,7 +188,7 @@ def solve_group(
             info["cached"] = False
             # Row-major, as files want them.
             A, B = result.A.contiguous(), result.B.contiguous()
-            found[i] = kept = Factors(A, B, result.scaling, info)
+            found[i] = kept = dataclasses.replace(result, A=A, B=B, info=info)
             if store:
                 store.put(keys[i], kept)
     return [factors for factors in found if factors is not None]

@@ -5,6 +5,7 @@ Convention everywhere in the package: W (out, in), B (out, r), A (r, in), R = W 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-# Where W − s·B₀A₀ is: stored in the base weight's place, or W stays and the layer subtracts. None:
-# W stays, and the start is W + s·B₀A₀ (W where B₀A₀ is 0).
-Residual = Literal["stored", "virtual"] | None
+# Where W − s·B₀A₀ is: stored in the base weight's place, or W stays and the layer subtracts.
+# "replaced": nowhere, `Factors.base` is in the base weight's place. None: W stays, and the start is
+# W + s·B₀A₀ (W where B₀A₀ is 0).
+Residual = Literal["stored", "virtual", "replaced"] | None
 
 # Rows are taken in blocks of about this many elements, so that a pass over W needs a few megabytes
 # of scratch whatever W's size, and so that the split depends on W's shape alone (same inputs, same
@@ -44,12 +46,15 @@ class Factors:
         B: (out, r), same dtype and device as `A`.
         scaling: s of `y = x Rᵀ + s·x Aᵀ Bᵀ`.
         info: how the solve went; JSON-able (method, steps or reads of W, true loss, seconds, ...).
+        base: (out, in), what W becomes where that is not W − s·B·A, in W's dtype; from methods that
+            replace it.
     """
 
     A: Tensor
     B: Tensor
     scaling: float = 1.0
     info: dict[str, Any] = field(default_factory=dict)
+    base: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
@@ -79,7 +84,7 @@ class Factors:
                     f"holds {torch.finfo(dtype).max:.3g}): use a wider adapter dtype or a smaller "
                     "start"
                 )
-        return Factors(A, B, self.scaling, self.info)
+        return dataclasses.replace(self, A=A, B=B)
 
     def product(self, rows: slice = slice(None)) -> Tensor:
         """s·B[rows]·A, shape (rows, in), fp64 on the CPU and fp32 elsewhere (`exact_dtype`)."""
@@ -139,7 +144,8 @@ class Factors:
     def fit(self, weight: Tensor, name: str = "layer", residual: Residual = "stored") -> Fit:
         """How well s·B·A and the start fit W: one pass over W by row blocks, R is never whole.
 
-        The start is R + s·B·A with R stored in W's dtype, W itself ("virtual"), or W + s·B·A.
+        The start is R + s·B·A with R stored in W's dtype or `base` in its place ("replaced"), W
+        itself ("virtual"), or W + s·B·A.
 
         Raises:
             LoraInitError: as `residual`.
@@ -156,7 +162,10 @@ class Factors:
             if residual == "virtual":
                 continue
             error = product
-            if residual == "stored":
+            if residual == "replaced":
+                assert self.base is not None
+                error = product.add_(self.base[rows]).sub_(exact)
+            elif residual == "stored":
                 R = _rounded_once(difference, weight.dtype).to(weight.dtype)
                 _check_finite(R, name)
                 error = product.add_(R).sub_(exact)

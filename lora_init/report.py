@@ -205,7 +205,7 @@ def self_check(
         LoraInitError: a residual overflows its dtype, or a start is further than `MAX_START_DRIFT`
             from W.
     """
-    residual: Residual = "stored" if method.residual else None
+    residual = method.kind
     reports = measure(layers, factors, residual)
     judge(reports, layers, residual)
     return reports
@@ -272,8 +272,16 @@ def judge(
 
 
 def start_note(reports: Sequence[LayerReport], residual: Residual) -> str | None:
-    """What to know of a start on the base as it is that is not the pretrained model."""
+    """What to know of a start that is not the pretrained model, or of a base that is no longer its
+    own.
+    """
     worst = max(reports, key=lambda report: report.start_drift)
+    if residual == "replaced":
+        return (
+            "the base is no longer the pretrained one: training starts from Q + s·B₀A₀, where Q is "
+            f"what replaced W, up to {worst.start_drift:.1e} of ‖W‖ away ({worst.name}); save the "
+            "base model too (model.unload() gives it), as the adapter fits no other"
+        )
     if residual is not None or worst.start_drift <= START_ROUNDING:
         return None
     return (

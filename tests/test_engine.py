@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_init import Factors, LoraInitError, approximate, engine, methods
 from lora_init.backends import reference
-from lora_init.methods import Layer, resolve_method
+from lora_init.methods import Layer
 from lora_init.methods.inilora import IniLora
 from lora_init.parallel import map_layers, map_nested, single_threaded
 from lora_init.testing import DTYPES, gaussian, misaligned, transposed
@@ -22,7 +23,13 @@ from lora_init.testing import DTYPES, gaussian, misaligned, transposed
 # The last is split into row blocks by the reference backend.
 SHAPES = {"a.q": (48, 64), "a.v": (64, 48), "b.q": (17, 130), "b.v": (2100, 1024)}
 # The others are in test_data_methods.py.
-WEIGHT_ONLY = [name for name in methods() if resolve_method(name, {}).needs == "nothing"]
+WEIGHT_ONLY = [
+    name
+    for name, description in methods().items()
+    if description.needs == "nothing" and (name != "loftq" or find_spec("bitsandbytes"))
+]
+
+QUICK = {"inilora": {"steps": 9, "init": "sparse"}, "loftq": {"iterations": 1}}
 
 
 def model(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -105,7 +112,7 @@ def test_bits_do_not_depend_on_memory(dtype: torch.dtype, init: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", WEIGHT_ONLY)
 def test_every_method_repeats_its_bits_and_says_what_it_is(method: str, dtype: torch.dtype) -> None:
-    options = {"steps": 9} if method == "inilora" else {}
+    options = QUICK.get(method, {})
     torch.set_num_threads(1)
     weights = model(dtype)
     first = approximate(weights, r=4, method=method, cache=False, **options)
@@ -143,7 +150,7 @@ SURROUNDINGS = {
 def test_bits_do_not_depend_on_the_callers_settings(
     method: str, surroundings: Callable[[], AbstractContextManager[object]]
 ) -> None:
-    options = {"steps": 9, "init": "sparse"} if method == "inilora" else {}
+    options = QUICK.get(method, {})
     arguments = {"r": 4, "method": method, "cache": False, **options}
     weights = model()
     expected = approximate(weights, **arguments)

@@ -98,6 +98,11 @@ def initialize_checkpoint(
     """
     began = time.perf_counter()
     chosen = resolve_method(method, options)
+    if chosen.replaces:
+        raise LoraInitError(
+            f"{chosen.name} replaces the weights of the base, and a run writes residuals and "
+            "adapters only: call lora_init.initialize on a PEFT model, and save its base too"
+        )
     if chosen.needs != "nothing":
         raise LoraInitError(
             f"{chosen.name} starts from data ({chosen.needs}), which runs through a model, and "

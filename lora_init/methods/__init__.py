@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lora_init.factors import Factors, LoraInitError, row_blocks, weight_digest
+from lora_init.factors import Factors, LoraInitError, Residual, row_blocks, weight_digest
 from lora_init.ops.dual_project import product_dtype
 from lora_init.parallel import map_layers, values
 from lora_init.statistics import Statistic
@@ -143,6 +143,11 @@ class Method(ABC):
     needs: ClassVar[Needs] = "nothing"
     source: ClassVar[str]
     cached: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> Residual:
+        """What is in the base weight's place, unless a virtual residual is asked for."""
+        return "replaced" if self.replaces else "stored" if self.residual else None
 
     def statistics(self, layer: Layer) -> Sequence[Statistic]:
         """What must have been collected of a layer before `resolve` and `solve` see it."""

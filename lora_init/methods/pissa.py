@@ -45,7 +45,7 @@ class Pissa(Method):
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
-        return _split(layers, truncate_layers(layers, self.tol, progress))
+        return split(layers, truncate_layers(layers, self.tol, progress))
 
 
 @register
@@ -73,7 +73,7 @@ class Milora(Method):
                 [layer.r for layer in layers],
                 lambda _: bar.update(1),
             )
-        return _split(layers, truncations)
+        return split(layers, truncations)
 
 
 def truncate_layers(
@@ -100,7 +100,7 @@ def truncate_layers(
     return truncations
 
 
-def _split(layers: Sequence[Layer], truncations: Sequence[Truncation]) -> list[Factors]:
+def split(layers: Sequence[Layer], truncations: Sequence[Truncation]) -> list[Factors]:
     """√(S/s) to each side; signs so that the largest entry of each column of U is positive.
 
     On a GPU layers of one shape go through it at once: 64 of them one by one took its host 10 ms.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_init.cache import CacheOption
 from lora_init.calibration import Calibration
 from lora_init.checkpoints import Start, read_start
-from lora_init.collection import Data, Source
+from lora_init.collection import Data
 from lora_init.distributed import Ranks, ranks
 from lora_init.engine import GroupBytes
 from lora_init.factors import Factors, LoraInitError, Residual, weight_digest
@@ -47,6 +47,7 @@ from lora_init.integrations.peft.sharded import is_sharded, reshard
 from lora_init.integrations.peft.shares import ALIKE, Solved, describe, dropout, read, solve
 from lora_init.methods import Layer, Method, resolve_method
 from lora_init.parallel import map_layers
+from lora_init.passes import Source
 from lora_init.report import WEIGHT_DECAY_NOTE, Report, first_output, relative_drift, start_note
 from lora_init.staging import merged_into, move_into
 
@@ -98,8 +99,8 @@ def initialize(
             initialisation.
         method: a name from `lora_init.methods()` or a method object.
         adapter_name: the active adapter if None.
-        residual: "stored" in the base weights, or "virtual"; of no effect on a method that starts
-            from B₀A₀ = 0.
+        residual: "stored" in the base weights, or "virtual"; of no effect on a method that has no
+            residual.
         calibration: the data for a method that starts from data, which runs through the pretrained
             model (no adapter, eval mode) and leaves it as it was. See `lora_init.Calibration`.
         seed, cache, progress, group_bytes, options: see `lora_init.approximate`.
@@ -122,7 +123,8 @@ def initialize(
             raise LoraInitError(f'residual must be "stored" or "virtual", got {residual!r}')
         chosen = resolve_method(method, options)
         _check_calibration(chosen, calibration)
-        kind = residual if chosen.residual else None
+        _check_replacing(chosen, residual, job.size)
+        kind = residual if chosen.residual else chosen.kind
         adapter = check_adapter(model, adapter_name)
         check_base(model, kind)
         modules = _modules(model, adapter, kind, distributed)
@@ -176,7 +178,7 @@ def initialize(
         reports = [layer.report for layer in solved]
         note = start_note(reports, kind)
         notes = [note] if note else []
-        if kind is None:
+        if kind is None or kind == "replaced":
             detach(model, adapter)
         else:
             attach(model, adapter, start)
@@ -326,6 +328,19 @@ def _modules(
             "must read them together: leave distributed=True"
         )
     return modules
+
+
+def _check_replacing(method: Method, residual: str, ranks: int) -> None:
+    if method.replaces and residual == "virtual":
+        raise LoraInitError(
+            f'{method.name} replaces the weights of the base, which residual="virtual" leaves as '
+            "they are: leave that out, or choose another method"
+        )
+    if method.replaces and ranks > 1:
+        raise LoraInitError(
+            f"{method.name} replaces the weights of the base, which ranks do not send each other: "
+            "pass distributed=False on each"
+        )
 
 
 def _check_calibration(method: Method, calibration: Calibration | None) -> None:

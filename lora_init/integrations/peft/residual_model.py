@@ -299,10 +299,11 @@ def check_base(model: PeftModel, residual: Residual) -> None:
             f"{', '.join(model.lora_init_starts)}: build it anew from the original base to "
             f"initialise again"
         )
-    if isinstance(model, VirtualResidual) and residual == "stored":
+    if isinstance(model, VirtualResidual) and residual in ("stored", "replaced"):
+        way_out = 'pass residual="virtual" here too' if residual == "stored" else "build it anew"
         raise LoraInitError(
-            f"adapter {', '.join(model.lora_init_starts)} needs this model's base as it is: pass "
-            'residual="virtual" here too'
+            f"adapter {', '.join(model.lora_init_starts)} needs this model's base as it is: "
+            f"{way_out}"
         )
 
 

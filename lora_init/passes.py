@@ -1,0 +1,288 @@
+"""A pass of data through a model, which feeds the statistics of some layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_init.cache import digest_of
+from lora_init.calibration import Calibration, moved, token_mask
+from lora_init.factors import LoraInitError, weight_digest
+from lora_init.methods import Layer, Progress
+from lora_init.parallel import map_layers, values
+from lora_init.statistics import State, Statistic, TokenMask, Tokens
+from lora_init.tap import as_found, recomputed, tapped, version_of
+
+Wanted = list[tuple[str, Statistic]]
+Results = dict[tuple[str, Statistic], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as data runs through it.
+
+    Attributes:
+        model: what the loss is computed with.
+        modules: name -> the module of the pretrained model whose calls are a layer's.
+        tensors: gives all that the pretrained model's output depends on, by name.
+        pretrained: makes a context in which the model is the pretrained one.
+    """
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    tensors: Callable[[], Mapping[str, Tensor]]
+    pretrained: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        parameters = self.model.parameters()
+        return next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what the pretrained model computes: its values, its configuration and what autocasts
+        it. Its code is known by the names of its classes only.
+        """
+        tensors = {name: t for name, t in self.tensors().items() if not t.is_meta}
+        digests = map_layers(weight_digest, list(tensors.values()), cost=Tensor.numel)
+        config = getattr(self.model, "config", None)
+        settings: dict[str, Any] = getattr(config, "to_dict", dict)()
+        ignored = ("_name_or_path", "use_cache", "transformers_version")
+        kinds = {f"{type(x).__module__}.{type(x).__qualname__}" for x in self.model.modules()}
+        # Adapters and what they are made of come and go.
+        own = [kind for kind in kinds if kind.split(".")[0] not in ("lora_init", "peft", "torch")]
+        device = self.device.type
+        return digest_of(
+            {
+                "tensors": dict(zip(tensors, digests, strict=True)),
+                "classes": sorted(own),
+                "config": {name: x for name, x in settings.items() if name not in ignored},
+                "device": device,
+                "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            }
+        )
+
+
+class Apart(Exception):
+    """Layers that were fed one tensor are fed different ones now: their sum is of no use."""
+
+
+@dataclass
+class _Sum:
+    """A statistic of one layer, or of several that are fed the same tensors.
+
+    Attributes:
+        layer: the first one, which adds.
+        calls: of each layer by name, in this pass.
+        input: number of the tensor that was added last.
+    """
+
+    layer: Layer
+    state: State
+    calls: dict[str, int]
+    input: int = -1
+
+
+class Run:
+    """Data on its way through a model."""
+
+    def __init__(
+        self,
+        source: Source,
+        layers: Mapping[str, Layer],
+        calibration: Calibration,
+        single: bool,
+        share: bool,
+        recompute: bool,
+    ):
+        self.source, self.layers, self.calibration = source, layers, calibration
+        self.what = "example" if single else "batch"
+        self.units = calibration.examples if single else calibration.batches
+        self.share, self.recompute = share, recompute
+        self.sums: dict[tuple[str, Statistic], _Sum] = {}
+        self.active: dict[str, list[Statistic]] = {}
+        # Of what goes through now.
+        self.where = ""
+        self.forward = False  # not where an activation checkpoint runs it again
+        self.masks: dict[TokenMask, Tensor | None] = {}
+        self.peaks: list[tuple[str, Tensor]] = []
+        # The tensor that came last, its version and number, and the sums that it was added to.
+        self.input: Tensor | None = None
+        self.version: int | None = None
+        self.inputs = 0
+        self.fresh: dict[Statistic, _Sum] = {}
+
+    def results(self, wanted: Wanted, bars: Progress) -> Results:
+        """Every layer's and statistic's values."""
+        passes = max(statistic.passes for _, statistic in wanted)
+        with (
+            torch.inference_mode(False),
+            as_found(self.source.model) as seed,
+            self.source.pretrained(),
+            bars.bar(passes * len(self.units), self.what) as bar,
+        ):
+            for number in range(passes):
+                active = [key for key in wanted if key[1].passes > number]
+                if number:
+                    self._next_pass(active)
+                with self._tapped(active) as gradients:
+                    for index, unit in enumerate(self.units):
+                        self.where = f"{self.what} {index}"
+                        seed()
+                        self._one(unit, gradients)
+                        bar.update(1)
+                self._check_all_seen(active)
+        return self._finished(wanted)
+
+    @contextmanager
+    def _tapped(self, active: Wanted) -> Iterator[bool]:
+        """Yields whether a backward pass is wanted."""
+        self.active = {}
+        for name, statistic in active:
+            self.active.setdefault(name, []).append(statistic)
+        modules = {name: self.source.modules[name] for name in self.active}
+        gradients = any(statistic.gradients for _, statistic in active)
+        again = gradients and self.recompute
+        with (
+            recomputed(self.source.model, modules.values()) if again else nullcontext(),
+            tapped(modules, self._seen, self._seen_backward if gradients else None),
+        ):
+            yield gradients
+
+    def _one(self, unit: Any, gradients: bool) -> None:
+        batch = moved(unit, self.source.device)
+        kinds = {self._mask_of(s) for statistics in self.active.values() for s in statistics}
+        self.masks = {
+            kind: token_mask(batch, kind, self.where) for kind in sorted({*kinds, "attention"})
+        }
+        self.peaks, self.forward = [], True
+        try:
+            with torch.set_grad_enabled(gradients):
+                if gradients:
+                    loss = self.calibration.loss(self.source.model, batch, self.where)
+                    self.forward = False
+                    loss.backward()
+                else:
+                    self.calibration.output(self.source.model, batch)
+        finally:
+            self.forward, self.input, self.fresh = False, None, {}
+        if any(len(set(total.calls.values())) > 1 for total in self.sums.values()):
+            raise Apart
+        for (what, _), peak in zip(self.peaks, values([p for _, p in self.peaks]), strict=True):
+            if not math.isfinite(peak):
+                raise LoraInitError(
+                    f"{what} has NaN or infinite values in {self.where}: leave that out, or run "
+                    "the model in a wider dtype"
+                )
+
+    @torch.no_grad()
+    def _seen(self, name: str, x: Tensor) -> None:
+        if not self.forward:
+            return
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if x is not self.input or version_of(x) != self.version:
+            self.input, self.version, self.fresh = x, version_of(x), {}
+            self.inputs += 1
+            peaks = torch.linalg.vector_norm(rows, math.inf, dim=1)
+            counted = peaks.where(self._valid(name, "attention", rows), 0)
+            self.peaks.append((f"{name}: its input", counted.amax()))
+        for statistic in self.active[name]:
+            if not statistic.gradients:
+                self._add(name, statistic, rows, None)
+
+    @torch.no_grad()
+    def _seen_backward(self, name: str, x: Tensor, dy: Tensor) -> None:
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        peak = torch.linalg.vector_norm(dy, math.inf)
+        self.peaks.append((f"{name}: the gradient by its output", peak))
+        for statistic in self.active[name]:
+            if statistic.gradients:
+                self._add(name, statistic, x, dy)
+
+    def _add(self, name: str, statistic: Statistic, x: Tensor, dy: Tensor | None) -> None:
+        layer = self.layers[name]
+        total = self.sums.get((name, statistic))
+        if total is None:
+            total = self._shareable(layer, statistic)
+            if total is None:
+                total = _Sum(layer, statistic.start(layer), {})
+            self.sums[name, statistic] = total
+        total.calls[name] = calls = total.calls.get(name, 0) + 1
+        if total.layer is not layer:
+            if total.input != self.inputs or calls != total.calls[total.layer.name]:
+                raise Apart
+            return
+        if any(others != calls - 1 for other, others in total.calls.items() if other != name):
+            raise Apart
+        device = layer.weight.device
+        valid = self._valid(name, self._mask_of(statistic), x)
+        tokens = Tokens(x.to(device), None if dy is None else dy.to(device), valid.to(device))
+        # fp32 products are not for autocast to round.
+        with torch.autocast(device.type, enabled=False):
+            statistic.add(layer, total.state, tokens)
+        total.input = self.inputs
+        self.fresh[statistic] = total
+
+    def _shareable(self, layer: Layer, statistic: Statistic) -> _Sum | None:
+        """The sum of another layer to which nothing but this input was added."""
+        shared = self.share and statistic.shared and not statistic.gradients
+        total = self.fresh.get(statistic) if shared else None
+        if total is None or total.calls[total.layer.name] != 1:
+            return None
+        mine, theirs = layer.weight, total.layer.weight
+        return total if (mine.dtype, mine.device) == (theirs.dtype, theirs.device) else None
+
+    def _mask_of(self, statistic: Statistic) -> TokenMask:
+        return statistic.mask or self.calibration.token_mask
+
+    def _valid(self, name: str, kind: TokenMask, rows: Tensor) -> Tensor:
+        mask = self.masks[kind]
+        if mask is None:
+            return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        if mask.numel() != len(rows):
+            raise LoraInitError(
+                f"{name}: it was called with {len(rows)} rows in {self.where}, whose mask is "
+                f"{tuple(mask.shape)}, of {mask.numel()} positions: leave the layer out of "
+                "target_modules, or attention_mask out of the batches (all rows count then)"
+            )
+        return mask.flatten().to(rows.device)
+
+    def _next_pass(self, active: Wanted) -> None:
+        for statistic, total in self._distinct(active):
+            total.state = statistic.next_pass(total.layer, total.state)
+            total.calls = dict.fromkeys(total.calls, 0)
+
+    def _check_all_seen(self, active: Wanted) -> None:
+        for name, statistic in active:
+            total = self.sums.get((name, statistic))
+            if total is None or not total.calls[name]:
+                what = "got no gradient" if statistic.gradients else "was never called"
+                raise LoraInitError(
+                    f"{name}: it {what} in the calibration data: leave it out of target_modules, "
+                    "or pass data that uses it (behind a reentrant checkpoint the model's "
+                    "enable_input_require_grads() must be on)"
+                )
+
+    def _finished(self, wanted: Wanted) -> Results:
+        sums = self._distinct(wanted)
+
+        def finished(item: tuple[Statistic, _Sum]) -> Mapping[str, Tensor]:
+            statistic, total = item
+            state, total.state = total.state, {}  # gone as soon as it is used
+            return statistic.finish(total.layer, state, len(self.units))
+
+        found = map_layers(finished, sums, cost=lambda item: item[1].layer.weight.numel())
+        by_sum = {id(total): parts for (_, total), parts in zip(sums, found, strict=True)}
+        return {key: by_sum[id(self.sums[key])] for key in wanted}
+
+    def _distinct(self, keys: Wanted) -> list[tuple[Statistic, _Sum]]:
+        found = {id(self.sums[key]): (key[1], self.sums[key]) for key in keys}
+        return list(found.values())

@@ -14,6 +14,7 @@ from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Progress, register
 from lora_init.methods.lora import kaiming_uniform
 from lora_init.parallel import map_layers
+from lora_init.solve.dense import wide
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class SLora(_ThreeFactors):
 
 def _of_the_weight(layer: Layer) -> Factors:
     W, r = layer.weight, layer.r
-    A, N = _copy(W[:r]), _copy(W[:r, :r])
-    return Factors(to_weight(layer, A), to_weight(layer, _copy(W[:, :r]) @ N), layer.scaling)
+    A, N = wide(W[:r]), wide(W[:r, :r])
+    return Factors(to_weight(layer, A), to_weight(layer, wide(W[:, :r]) @ N), layer.scaling)
 
 
 def _random(layer: Layer) -> Factors:
@@ -96,8 +97,3 @@ def _random(layer: Layer) -> Factors:
         tensor.copy_(N.double() @ tensor.double())
 
     return Factors(*draw_factors(layer, N_after_A, zeros), layer.scaling)
-
-
-def _copy(part: Tensor) -> Tensor:
-    """In fp64 on the CPU, in memory of its own: a product's bits depend on where operands lie."""
-    return torch.empty(part.shape, dtype=torch.float64, device="cpu").copy_(part)

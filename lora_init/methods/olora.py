@@ -14,6 +14,7 @@ from lora_init.factors import Factors
 from lora_init.methods import Layer, Method, Progress, register
 from lora_init.ops.dual_project import dual_project
 from lora_init.parallel import map_layers
+from lora_init.solve.dense import wide
 
 
 @register
@@ -48,7 +49,6 @@ class OLora(Method):
 
 def _leading(layer: Layer) -> tuple[Tensor, Tensor]:
     """Q (out, r) and R (r, r) of the first r columns, fp64 on the CPU."""
-    columns = torch.empty(layer.weight.shape[0], layer.r, dtype=torch.float64, device="cpu")
-    Q, R = torch.linalg.qr(columns.copy_(layer.weight[:, : layer.r]))
+    Q, R = torch.linalg.qr(wide(layer.weight[:, : layer.r]))
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)
     return Q * sign, sign[:, None] * R

@@ -1,4 +1,4 @@
-"""Factorisations of whole matrices, in fp64 on one thread: slow and exact."""
+"""Whole matrices in fp64, and their factorisations on one thread: slow and exact."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 from lora_init.parallel import single_threaded
+
+
+def wide(matrix: Tensor) -> Tensor:
+    """A copy in fp64 on the CPU, row-major: the bits of a product depend on where its operands lie,
+    and on their strides.
+    """
+    return torch.empty(matrix.shape, dtype=torch.float64, device="cpu").copy_(matrix)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

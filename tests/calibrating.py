@@ -42,8 +42,14 @@ def calls(
 
 
 def collect(statistic: Statistic, layer: Layer, data: Sequence[Tokens]) -> Mapping[str, Tensor]:
-    """What a statistic makes of calls, each of which is a batch (and an example) of its own."""
+    """What a statistic makes of calls, each of which is a batch (and an example) of its own; one
+    that is trained takes one step down their mean gradient.
+    """
     state = statistic.start(layer)
+    if statistic.trained:
+        A, B = state["A"], state["B"]
+        B -= (gradient(data) @ A.double().T).to(B.dtype)
+        return statistic.finish(layer, state, len(data))
     for turn in range(statistic.passes):
         if turn:
             state = statistic.next_pass(layer, state)

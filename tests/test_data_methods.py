@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_one 1 pass": ("lora_one", {"passes": 1}),
     "lora_sb": ("lora_sb", {"lr": 0.5}),
     "lora_da": ("lora_da", {}),
+    "hrp": ("hrp", {}),
 }
 SHAPES = {"a.q": (48, 64), "a.v": (64, 48), "b.q": (17, 130)}
 
@@ -127,11 +128,9 @@ def logits(model: nn.Module) -> Tensor:
         return model(batches()[0]["input_ids"]).logits
 
 
-@pytest.mark.parametrize("case", METHODS.values(), ids=METHODS)
-def test_a_model_from_data_to_a_plain_adapter(
-    case: tuple[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    method, options = case
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "hrp"])
+def test_a_model_from_data_to_a_plain_adapter(name: str, tmp_path: Path) -> None:
+    method, options = METHODS[name]
     base = llama()
     before, original = logits(base), copy.deepcopy(base)
     model = adapted(base)
@@ -148,8 +147,8 @@ def test_a_model_from_data_to_a_plain_adapter(
     )
     assert torch.equal(logits(again), logits(model))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
                 parameter.add_(0.01)
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(original, tmp_path)

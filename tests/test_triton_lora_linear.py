@@ -175,6 +175,15 @@ def case_tiles_of_other_gpus(
         Call((70, 96, 201, 5), dtypes, **options).check()
 
 
+def case_factors_up_to_fp32_s_largest() -> None:
+    """bf16 has no number that close to it."""
+    one = Call((33, 64, 272, 8), DTYPES[3])
+    largest = torch.finfo(torch.float32).max
+    one.A[0, :2], one.B[:2, 1] = torch.tensor([largest, -largest], device=DEVICE), largest
+    one.x, one.dy = one.x * 2.0**-70, one.dy * 2.0**-70
+    one.check()
+
+
 @pytest.mark.parametrize("rows", [6200, 3100])
 def case_tiles_of_many_rows(rows: int) -> None:
     if INTERPRETED:

@@ -34,6 +34,7 @@ except ImportError:  # triton 3.3
     TensorDescriptor = None
 
 _INTERPRETED = tl.constexpr(common.INTERPRETED)
+_LARGEST = tl.constexpr(torch.finfo(torch.bfloat16).max)
 _SPAN = 64
 """Columns that one program of `sum_gradients` sums."""
 PARTIALS = 4
@@ -140,6 +141,12 @@ def _spread(COUNT: tl.constexpr, run: tl.constexpr, apart: tl.constexpr):
 
 
 @triton.jit
+def _high(value):
+    """The first bf16 part of fp32 numbers. The largest ones would be rounded to infinity."""
+    return _round(tl.clamp(value, -_LARGEST, _LARGEST), tl.bfloat16)
+
+
+@triton.jit
 def _dot(factor, part, total, LEFT: tl.constexpr):
     if LEFT:
         return tl.dot(factor, part, total, input_precision="ieee")
@@ -153,7 +160,7 @@ def _skinny(factor, part, total, compute: tl.constexpr, SPLIT: tl.constexpr, LEF
     bf16 parts, which are all of its bits.
     """
     if SPLIT:
-        high = _round(factor, tl.bfloat16)
+        high = _high(factor)
         factor -= high.to(tl.float32)
         mid = _round(factor, tl.bfloat16)
         low = _round(factor - mid.to(tl.float32), tl.bfloat16)
@@ -449,8 +456,8 @@ def _low_rank(
     bf16 parts each, of which the product of the low ones is left out (2⁻¹⁶).
     """
     if SPLIT:
-        left_high = _round(left, tl.bfloat16)
-        right_high = _round(right, tl.bfloat16)
+        left_high = _high(left)
+        right_high = _high(right)
         left_low = _round(left - left_high.to(tl.float32), tl.bfloat16).to(low)
         right_low = _round(right - right_high.to(tl.float32), tl.bfloat16).to(low)
         acc = tl.dot(left_low, right_high.to(low), acc, input_precision="ieee")

@@ -136,13 +136,19 @@ class LoRALinear(nn.Module):
                 stays, and s·B₀A₀ is subtracted in the forward pass; the start is exact.
 
         Raises:
-            LoraInitError: the factors do not fit, or R does not fit its dtype, or the layer is
-                merged or has a virtual start already; nothing was changed.
+            LoraInitError: the factors do not fit or go with a base of their own, or R does not fit
+                its dtype, or the layer is merged or has a virtual start already; nothing was
+                changed.
         """
         if residual not in ("stored", "virtual"):
             raise LoraInitError(f'residual must be "stored" or "virtual", got {residual!r}')
         if self.merged:
             raise LoraInitError("the layer is merged: call unmerge() first")
+        if factors.base is not None:
+            raise LoraInitError(
+                "these factors go with a base of their own, from which the layer does not start at "
+                "W x: copy factors.base, A and B into base_layer.weight, A and B"
+            )
         weight = self.base_layer.weight
         stored = Factors(
             factors.A.to(weight.device), factors.B.to(weight.device), factors.scaling

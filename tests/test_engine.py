@@ -1,5 +1,6 @@
 """Layers in, factors out: what is refused, what a layer's bits depend on, the pool of workers."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -180,6 +181,7 @@ def test_methods_say_what_they_need_and_do() -> None:
         assert 20 < len(str(description)) <= 100
         assert description.needs in ("nothing", "activations", "gradients", "training")
         assert description.source
+        assert dataclasses.MISSING not in description.options.values()
 
 
 def test_method_object_is_the_same_as_its_name_and_options() -> None:

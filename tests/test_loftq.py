@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lora_init
 from lora_init import Factors, LoraInitError, approximate
 from lora_init.factors import Residual
+from lora_init.integrations.peft import _check_replacing
 from lora_init.integrations.peft.layers import lora_layers
 from lora_init.methods import resolve_method
 from lora_init.testing import DTYPES, gaussian, misaligned, transposed
@@ -218,6 +219,19 @@ def test_a_checkpoint_run_refuses_it_before_anything_is_written(tmp_path: object
     with pytest.raises(LoraInitError, match=r"loftq replaces .*lora_init\.initialize"):
         lora_init.initialize_checkpoint(tmp_path / "model", tmp_path / "out", "loftq")
     assert not (tmp_path / "out").exists()
+
+
+def test_own_layers_refuse_what_is_no_start_at_the_weight() -> None:
+    layer = lora_init.nn.LoRALinear(nn.Linear(8, 9, bias=False), r=2, lora_alpha=2)
+    before = snapshot(layer)
+    with pytest.raises(LoraInitError, match=r"copy factors\.base, A and B into base_layer"):
+        layer.initialize(solve(layer.base_layer.weight, 2))
+    assert_unchanged(layer, before)
+
+
+def test_jobs_of_several_ranks_are_refused() -> None:
+    with pytest.raises(LoraInitError, match=r"loftq replaces .* pass distributed=False on each"):
+        _check_replacing(resolve_method("loftq", {}), "stored", ranks=2)
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

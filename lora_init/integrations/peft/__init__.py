@@ -396,9 +396,10 @@ def _changed_ranks(
     ranks = [new.r for module, new in pairs if module.r[adapter] != new.r]
     if not ranks:
         return None
+    lost = f", {ranks.count(0)} of them 0 and no adapter" if 0 in ranks else ""
     return (
-        f"{len(ranks)} of {len(stored)} layers got another rank, and {ranks.count(0)} of these "
-        "none and no adapter: an optimizer that was made before has parameters that are gone"
+        f"{len(ranks)} of {len(stored)} layers got another rank{lost}: an optimizer that was made "
+        "before has parameters that are gone"
     )
 
 

@@ -53,7 +53,7 @@ class Corda(Method):
     def peak_bytes(self, layer: Layer) -> int:
         # W and W·C, and of (in, in) C, its damped copy and inverse, and their product.
         return dense.svd_bytes(layer.weight) + 8 * (
-            2 * layer.weight.numel() + 4 * layer.weight.shape[1] ** 2
+            2 * layer.weight.numel() + 5 * layer.weight.shape[1] ** 2
         )
 
     def solve(

@@ -63,7 +63,57 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool insi
                : "memory");
 }
 
+// The first `bytes` of 16, then zeros.
+__device__ __forceinline__ void copy_async_bytes(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+
+// The same of what is not read again soon: it is the first to leave the L2.
+__device__ __forceinline__ void stream_async(void* to, const void* from, int bytes) {
+  asm volatile(
+      "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+      " cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, policy;}" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes)
+      : "memory");
+}
+
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Makes a group of the thread's copies since the group before.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// For all but the last so many groups.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The same of at most 7, known when it runs.
+__device__ __forceinline__ void wait_copies(int pending) {
+  switch (pending) {
+    case 7:
+      return wait_copies<7>();
+    case 6:
+      return wait_copies<6>();
+    case 5:
+      return wait_copies<5>();
+    case 4:
+      return wait_copies<4>();
+    case 3:
+      return wait_copies<3>();
+    case 2:
+      return wait_copies<2>();
+    case 1:
+      return wait_copies<1>();
+    default:
+      return wait_copies<0>();
+  }
+}
 
 // What CTAs leave for each other: of all 16 bytes or of none, in no order with other 16 bytes.
 __device__ __forceinline__ Words load_whole(const void* pointer) {
@@ -122,6 +172,11 @@ struct Bf16 {
   static __device__ __forceinline__ uint16_t round(float x) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(x));
   }
+  // Two, the first in the lower half.
+  static __device__ __forceinline__ uint32_t round(float x, float y) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
   static __device__ __forceinline__ float value(uint16_t x) {
     return __bfloat162float(__ushort_as_bfloat16(x));
   }
@@ -138,6 +193,10 @@ struct Bf16 {
 struct Fp16 {
   static __device__ __forceinline__ uint16_t round(float x) {
     return __half_as_ushort(__float2half_rn(x));
+  }
+  static __device__ __forceinline__ uint32_t round(float x, float y) {
+    const __half2 both = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&both);
   }
   static __device__ __forceinline__ float value(uint16_t x) {
     return __half2float(__ushort_as_half(x));

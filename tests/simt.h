@@ -1,7 +1,7 @@
 // A multiprocessor on the host, for kernels written on csrc/warp.cuh: every CUDA thread is a fiber,
 // and which one goes on is drawn at random, so that what is not synchronised comes out differently
 // from seed to seed. Warp instructions are done lane by lane as the PTX ISA describes their
-// fragments. Asynchronous copies arrive when they are waited for, no earlier.
+// fragments. Asynchronous copies arrive at once or when they are waited for, at random.
 #pragma once
 
 #include <ucontext.h>
@@ -44,6 +44,7 @@ struct Barrier {
 struct Warp {
   Barrier barrier{32, {}};
   alignas(16) char slots[2][32][16];  // what lanes show each other, two collectives deep
+  bool lazy = false;
 };
 
 struct Cta {
@@ -56,14 +57,14 @@ struct Cta {
 struct Copy {
   void* to;
   const void* from;
-  bool inside;
+  int bytes, group;
 };
 
 struct Fiber {
   Dim thread;
   Cta* cta;
   Warp* warp;
-  int lane, collectives = 0;
+  int lane, collectives = 0, groups = 0;
   std::vector<Copy> copies;
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -75,6 +76,7 @@ struct Machine {
   Fiber* current = nullptr;
   ucontext_t scheduler;
   std::function<void()> kernel;
+  std::mt19937 random;
 };
 
 inline Machine* machine = nullptr;
@@ -115,12 +117,13 @@ inline void start() {
   yield();
 }
 
-// Runs a kernel; false if its threads wait for each other for ever.
+// Runs a kernel; false if its threads wait for each other for ever. One warp of each CTA goes on so
+// many times less often than others, so that what others do not wait for comes too late.
 inline bool launch(int grid, int threads, int shared_bytes, unsigned seed,
-                   std::function<void()> kernel) {
+                   std::function<void()> kernel, int laziness = 1) {
   constexpr int kStack = 256 << 10;
   constexpr int64_t kSwitches = int64_t(1) << 30;
-  Machine here{{grid}, {}, nullptr, {}, std::move(kernel)};
+  Machine here{{grid}, {}, nullptr, {}, std::move(kernel), std::mt19937(seed)};
   machine = &here;
   std::vector<Cta> ctas(grid);
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -129,6 +132,7 @@ inline bool launch(int grid, int threads, int shared_bytes, unsigned seed,
     ctas[i].memory.assign(shared_bytes, char(0xff));
     ctas[i].barrier = {threads, {}};
     ctas[i].warps.resize(threads / 32);
+    ctas[i].warps[here.random() % (threads / 32)].lazy = true;
     for (int j = 0; j < threads; ++j) {
       auto fiber = std::make_unique<Fiber>();
       fiber->thread = {j};
@@ -144,10 +148,10 @@ inline bool launch(int grid, int threads, int shared_bytes, unsigned seed,
       fibers.push_back(std::move(fiber));
     }
   }
-  std::mt19937 random(seed);
   int64_t switches = 0;
   while (!here.ready.empty() && ++switches < kSwitches) {
-    here.current = here.ready[random() % here.ready.size()];
+    here.current = here.ready[here.random() % here.ready.size()];
+    if (here.current->warp->lazy && here.random() % laziness) continue;
     swapcontext(&here.scheduler, &here.current->context);
   }
   bool stuck = !here.ready.empty();
@@ -208,17 +212,39 @@ inline uint32_t transpose(uint32_t word) {
   return element(row) | uint32_t(element(row + 1)) << 16;
 }
 
+inline void arrive(const simt::Copy& copy) {
+  std::memset(copy.to, 0, 16);
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
+inline void copy_async_bytes(void* to, const void* from, int bytes) {
+  const simt::Copy copy{to, from, bytes, machine->current->groups};
+  if (machine->random() % 4)
+    machine->current->copies.push_back(copy);
+  else
+    arrive(copy);
+}
+inline void stream_async(void* to, const void* from, int bytes) {
+  copy_async_bytes(to, from, bytes);
+}
 inline void copy_async(void* to, const void* from, bool inside) {
-  machine->current->copies.push_back({to, from, inside});
+  copy_async_bytes(to, from, inside ? 16 : 0);
+}
+inline void commit_copies() { ++machine->current->groups; }
+
+inline void finish_copies(int groups) {
+  auto& copies = machine->current->copies;
+  const auto done = std::find_if(copies.begin(), copies.end(),
+                                 [&](const simt::Copy& copy) { return copy.group >= groups; });
+  std::for_each(copies.begin(), done, arrive);
+  copies.erase(copies.begin(), done);
+}
+inline void wait_copies() { finish_copies(machine->current->groups + 1); }
+template <int kPending>
+void wait_copies() {
+  finish_copies(machine->current->groups - kPending);
 }
 
-inline void wait_copies() {
-  for (const auto& copy : machine->current->copies) {
-    std::memset(copy.to, 0, 16);
-    if (copy.inside) std::memcpy(copy.to, copy.from, 16);
-  }
-  machine->current->copies.clear();
-}
+inline void wait_copies(int pending) { finish_copies(machine->current->groups - pending); }
 
 inline Words load_whole(const void* pointer) {
   simt::yield();
@@ -282,6 +308,7 @@ struct Bf16 {
     if (std::isnan(x)) return 0x7fff;
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   }
+  static uint32_t round(float x, float y) { return round(x) | uint32_t(round(y)) << 16; }
   static float value(uint16_t x) {
     const uint32_t bits = uint32_t(x) << 16;
     float result;
@@ -301,6 +328,7 @@ struct Fp16 {
     std::memcpy(&bits, &rounded, 2);
     return bits;
   }
+  static uint32_t round(float x, float y) { return round(x) | uint32_t(round(y)) << 16; }
   static float value(uint16_t x) {
     _Float16 half;
     std::memcpy(&half, &x, 2);

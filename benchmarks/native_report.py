@@ -3,8 +3,9 @@
     python -m benchmarks.native_report
 
 Reads the module's own machine code, for each chip that it was built for; that needs no GPU. Exits
-with 1 if a kernel spills, or if one of the Hopper GEMMs does not load by TMA and multiply by wgmma,
-with no product waiting for the one before it.
+with 1 if a kernel spills, if one of the Hopper GEMMs does not load by TMA and multiply by wgmma,
+with no product waiting for the one before it, or if one of dual_project does not use tensor cores
+and asynchronous copies.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _COUNTED = {
     "waits": r"\bHGMMA\b[^;]*\bgsb0\b",
     "mma": r"\bHMMA\b",
     "tma": r"\bUTMA(?:LDG|STG)\b",
+    "copies": r"\bLDGSTS\b",
 }
 
 
@@ -57,6 +59,11 @@ class Row:
                 found.append("every wgmma waits for the one before")
             if not counts["tma"]:
                 found.append("no TMA")
+        if "dual_project" in self.kernel:
+            if self.stack:
+                found.append(f"a stack of {self.stack} bytes")
+            if "_sum" not in self.kernel and not (counts["mma"] and counts["copies"]):
+                found.append(f"{counts['mma']} mma.sync, {counts['copies']} asynchronous copies")
         return found
 
 

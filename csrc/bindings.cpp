@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "descend.h"
+#include "dual_project.h"
 #include "lora_linear.h"
 #include "project.h"
 
@@ -72,6 +73,26 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("x"), py::arg("f"), py::arg("c"), py::arg("sizes"), py::arg("strides"),
       py::arg("bf16"), py::arg("transposed_x"), py::arg("transposed_f"), py::arg("overlaps"),
       py::arg("scale"), py::arg("splits") = 0, py::arg("device"), py::arg("stream"));
+
+  m.def("why_no_dual_project", &why_no_dual_project, py::arg("device"));
+  m.def(
+      "dual_project_columns",
+      [](int weight, int ranks, int parts) {
+        return dual_project_columns(DualProjectWeight(weight), ranks, parts);
+      },
+      py::arg("weight"), py::arg("ranks"), py::arg("parts"));
+  m.def(
+      "dual_project",
+      [](uintptr_t table, uintptr_t layers, int64_t count, int weight, int ranks, int parts,
+         bool factors_are_half, double scale, bool half_targets, int device, uintptr_t stream) {
+        dual_project({static_cast<const DualProjectLayer*>(pointer(table)),
+                      static_cast<const DualProjectLayer*>(pointer(layers)), count,
+                      DualProjectWeight(weight), ranks, parts, factors_are_half, float(scale),
+                      half_targets, device, reinterpret_cast<cudaStream_t>(stream)});
+      },
+      py::kw_only(), py::arg("table"), py::arg("layers"), py::arg("count"), py::arg("weight"),
+      py::arg("ranks"), py::arg("parts"), py::arg("factors_are_half"), py::arg("scale"),
+      py::arg("half_targets"), py::arg("device"), py::arg("stream"));
 
   m.def("descend_capacity", &descend_capacity, py::arg("ranks"), py::arg("device"));
   m.def("descend_region_bytes", &descend_region_bytes, py::arg("ranks"));

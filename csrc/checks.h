@@ -33,13 +33,20 @@ inline void check_cuda(cudaError_t status, const char* op) {
         joined(op, ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status)));
 }
 
-// Why a device cannot run what is compiled for sm_90a, or nothing.
-inline std::optional<std::string> why_no_hopper(int device) {
-  int driver = 0, major = 0, minor = 0;
+// Why the driver cannot run what this was compiled for, or nothing.
+inline std::optional<std::string> why_old_driver() {
+  int driver = 0;
   check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   if (driver < CUDART_VERSION / 1000 * 1000)
     return joined("needs a driver for CUDA ", CUDART_VERSION / 1000, ", this one is for ",
                   driver / 1000, ".", driver % 1000 / 10);
+  return std::nullopt;
+}
+
+// Why a device cannot run what is compiled for sm_90a, or nothing.
+inline std::optional<std::string> why_no_hopper(int device) {
+  if (const auto reason = why_old_driver()) return reason;
+  int major = 0, minor = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
              "cudaDeviceGetAttribute");
   check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),

@@ -1,5 +1,5 @@
 """csrc/lora_linear.cu and csrc/project.cu: their index maths on the host, their machine code, and
-on a GPU their results."""
+on a GPU their results. csrc/dual_project.cu, which the backward uses, has tests of its own."""
 
 import ctypes
 import re
@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_init import BackendError, backend, backends, native
 from lora_init.backends import cuda, reference
 from lora_init.ops.lora_linear import lora_linear
+from lora_init.projections import Projection
 from lora_init.testing import assert_accurate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,15 +114,40 @@ def test_without_the_module_the_reason_says_how_to_get_it(monkeypatch: pytest.Mo
 
 
 class OnTheHost:
-    """lora_init._C's two functions for operands in the host's memory, in fp16: what a kernel would
-    find at the addresses that it is given. Refuses what TMA cannot address.
+    """lora_init._C's functions for operands in the host's memory, in fp16: what a kernel would find
+    at the addresses that it is given. Refuses what TMA cannot address.
     """
 
-    last = ""
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    @property
+    def last(self) -> str:
+        return self.calls[-1] if self.calls else ""
+
+    def dual_project_columns(self, weight: int, ranks: int, parts: int) -> int:
+        assert (weight, parts) == (2, 1)
+        return 16
+
+    def dual_project(self, **call: Any) -> None:
+        assert call["count"] == 1
+        assert not call["layers"]
+        assert call["factors_are_half"]
+        assert call["half_targets"]
+        table = (ctypes.c_int64 * 24).from_address(call["table"])
+        W, *strides, out, in_ = table[:5]
+        weight = at(W, (out, in_), tuple(strides)).astype(np.float64)
+        for side, other in ((table[8:16], weight.T), (table[16:24], weight)):
+            factor, *strides, ranks, _, target, rank, stride = side
+            assert ranks <= call["ranks"]
+            product = at(factor, (ranks, len(other)), tuple(strides)).astype(np.float64) @ other
+            scale = call["scale"] if other is not weight else 1
+            at(target, product.shape, (rank, stride))[:] = scale * product
+        self.calls.append("dual_project")
 
     def lora_linear(self, **call: Any) -> None:
         (m, n, k, r), strides = call["sizes"], call["strides"]
-        assert not call["overlaps"] or self.last == "project"
+        assert not call["overlaps"] or self.last in ("project", "dual_project")
         flip = (lambda rows, columns: (columns, rows)) if call["transposed"] else lambda *size: size
         x = self.matrix(call["x"], (m, k), strides[0])
         R = self.matrix(call["R"], flip(n, k), strides[1])
@@ -133,7 +159,7 @@ class OnTheHost:
         if call["bias"]:
             y += self.matrix(call["bias"], (1, n), -(-n // 8) * 8)
         at(call["y"], (m, n), (strides[4], 1))[:] = y
-        self.last = "lora_linear"
+        self.calls.append("lora_linear")
 
     def project(self, **call: Any) -> None:
         (m, k, r), strides = call["sizes"], call["strides"]
@@ -143,7 +169,7 @@ class OnTheHost:
         f = self.matrix(call["f"], (k, r) if call["transposed_f"] else (r, k), strides[1])
         x, f = x.T if call["transposed_x"] else x, f if call["transposed_f"] else f.T
         at(call["c"], (m, r), strides[2:])[:] = call["scale"] * (x @ f)
-        self.last = "project"
+        self.calls.append("project")
 
     @staticmethod
     def matrix(address: int, shape: tuple[int, int], pitch: int) -> np.ndarray:
@@ -159,7 +185,7 @@ def at(address: int, shape: tuple[int, int], strides: tuple[int, int]) -> np.nda
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize(("r", "trained"), [(16, 16), (16, 8), (5, 5), (17, 3)])
+@pytest.mark.parametrize(("r", "trained"), [(16, 16), (16, 8), (5, 5), (17, 3), (70, 65)])
 @pytest.mark.parametrize("rows_first", [True, False])
 def test_the_kernels_are_told_the_right_addresses_sizes_and_strides(
     monkeypatch: pytest.MonkeyPatch, r: int, trained: int, dropout_p: float, rows_first: bool
@@ -189,6 +215,29 @@ def test_the_kernels_are_told_the_right_addresses_sizes_and_strides(
     for actual, truth in zip(got, exact, strict=True):
         assert actual.dtype == torch.half
         torch.testing.assert_close(actual.double(), truth, rtol=5e-3, atol=5e-2)
+    # dY is read once beside its product with R, where the kernel takes the ranks.
+    both = ["dual_project", "lora_linear", "project"]
+    apart = ["project", "lora_linear", "project", "project"]
+    assert module.calls[2:] == (both if r <= 64 else apart)
+
+
+def test_backward_launches_no_more_than_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = OnTheHost()
+    monkeypatch.setattr(native, "module", lambda: module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    x, R, A, B = (torch.zeros(*size).half() for size in ((8, 16), (24, 16), (4, 16), (24, 4)))
+    dy, S = torch.zeros(8, 24).half(), torch.zeros(8, 4).half()
+    for mask, calls in (
+        ((True, False, False, False), ["project", "lora_linear"]),
+        ((False, True, False, False), ["project", "project"]),
+        ((False, False, True, False), ["project"]),
+        ((False, True, True, False), ["dual_project", "project"]),
+        ((False, False, False, True), []),
+    ):
+        module.calls.clear()
+        found = cuda.lora_linear_backward(dy, x, R, A, B, S, None, 1.0, 0.0, 4, mask)
+        assert module.calls == calls
+        assert [t is not None for t in found] == list(mask)
 
 
 # On a GPU
@@ -307,9 +356,9 @@ def test_launches_that_overlap_have_the_bits_of_launches_that_wait() -> None:
         poison()
         got = cuda.lora_linear_backward(dy, x, R, A, B, S, None, 2.0, 0.0, 16, [True] * 4)
         dS, dB, dA = (torch.full_like(t, torch.nan) for t in (S, B, A))
-        cuda._project(dy, B, dS, 2.0, transposed_f=True)
+        one = Projection(dy, B.T, S.T, dS, dB.T)
+        cuda._project_both(one.form, [one], 2.0, blocks=256, least=64)
         dx = cuda._matmul(dy, R, dS, A, transposed=True)
-        cuda._project(dy, S, dB, **both)
         cuda._project(x, dS, dA.T, **both)
         for one, other in zip(got, (dx, dA, dB), strict=False):
             assert torch.equal(one, other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,15 +15,19 @@ from torch import Tensor
 
 from lora_init import native
 from lora_init.ops.descend import DescentState
+from lora_init.ops.dual_project import Precision
 from lora_init.ops.philox import keep_mask, keep_rate
+from lora_init.projections import RANKS, Form, Projection, projection_table
 
 NAME = "cuda"
 PRIORITY = 20
 VERIFIED: tuple[str, ...] = ()
 
-_OPS = ("descend", "lora_linear")
+_OPS = ("dual_project", "descend", "lora_linear")
 # Of csrc/blocks.h.
 _BLOCK, _COUNTERS, _COUNTER_BYTES, _MOST_STEPS = 256, 2, 32, 1 << 20
+# DualProjectWeight of csrc/dual_project.h.
+_WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Op -> the compute capabilities where a file in benchmarks/results/ shows it faster than Triton.
 _FASTER: dict[str, tuple[tuple[int, int], ...]] = {}
 
@@ -40,7 +44,12 @@ def why_unsupported(op: str, *args: Any) -> str | None:
         return f"has no op {op!r}"
     if native.module() is None:
         return "lora_init._C is not built: LORA_INIT_CUDA=1 pip install does that, or says why not"
-    return _why_not_descend(*args) if op == "descend" else _why_not_lora_linear(*args)
+    why_not: dict[str, Callable[..., str | None]] = {
+        "dual_project": _why_not_dual_project,
+        "descend": _why_not_descend,
+        "lora_linear": _why_not_lora_linear,
+    }
+    return why_not[op](*args)
 
 
 def why_not_auto(op: str, *args: Any) -> str | None:
@@ -50,6 +59,58 @@ def why_not_auto(op: str, *args: Any) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) in faster:
         return None
     return "no committed result shows it faster here"
+
+
+def dual_project(
+    group: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], precision: Precision
+) -> list[tuple[Tensor, Tensor]]:
+    pairs = []
+    classes: dict[tuple[torch.device, Form], list[Projection]] = {}
+    for weight, a, b in zip(group, A, B, strict=True):
+        one = Projection.of(weight.detach(), a.detach(), b.detach().T, precision)
+        pairs.append((one.left, one.right))
+        if weight.stride(0) == 1 and weight.stride(1) != 1:
+            one = one.transposed()  # its columns are what lies together
+        classes.setdefault((weight.device, one.form), []).append(one)
+    for (_, form), members in classes.items():
+        _project_both(form, members)
+    return pairs
+
+
+def _project_both(
+    form: Form,
+    members: Sequence[Projection],
+    scale: float = 1.0,
+    blocks: int = 16,
+    least: int = 256,
+) -> None:
+    """Both products of all members, in one launch, or in two where there is something to sum.
+
+    Args:
+        scale: of `left`; not 1 only where products are not fp32.
+        blocks, least: of `projection_table`.
+    """
+    module = native.module()
+    assert module is not None
+    device = members[0].weight.device
+    weight = _WEIGHTS[form.dtype]
+    columns = module.dual_project_columns(weight, form.ranks, form.parts)
+    table, _partials = projection_table(members, columns, blocks, least)
+    # One row goes by value, which a graph can keep.
+    layers = _uploaded(table, device) if len(table) > 1 else None
+    module.dual_project(
+        table=table.ctypes.data,
+        layers=0 if layers is None else layers.data_ptr(),
+        count=len(table),
+        weight=weight,
+        ranks=form.ranks,
+        parts=form.parts,
+        factors_are_half=form.own,
+        scale=scale,
+        half_targets=members[0].left.dtype != torch.float32,
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
 
 
 def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
@@ -162,14 +223,22 @@ def lora_linear_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     need_x, need_A, need_B, need_bias = output_mask
-    dx = dA = dB = None
+    dx = dA = dB = S_trained = None
     # Copies come first: of the launches below, each may start under the one before.
     dy, A, B = _aligned(dy), _aligned(A), _aligned(B)
     dropped = _aligned(_dropped(x, seed, dropout_p)) if need_A and x is not None else None
-    trained_S = _aligned(S[:, :trained]) if need_B and S is not None else None
+    if need_B and S is not None:
+        S_trained, dB = _aligned(S[:, :trained]), B.new_empty(B.shape[0], trained)
     dS = _padded_empty(dy, B.shape[1])
+    scale = scaling / keep_rate(dropout_p)
     if need_x or need_A:
-        _project(dy, B, dS, scaling / keep_rate(dropout_p), transposed_f=True)
+        if S_trained is not None and dB is not None and B.shape[1] <= RANKS[-1]:
+            # One read of dY for both.
+            one = Projection(dy, B.T, S_trained.T, dS, dB.T)
+            _project_both(one.form, [one], scale, blocks=256, least=64)
+            S_trained = None
+        else:
+            _project(dy, B, dS, scale, transposed_f=True)
     if need_x and seed is None:
         dx = _matmul(dy, R, dS, A, transposed=True, overlaps=True)
     elif need_x:
@@ -177,9 +246,8 @@ def lora_linear_backward(
         dx = _matmul(dy, R, transposed=True).add_(_dropped(dS @ A, seed, dropout_p))
     # The product lets go of its launch when dS is there, and has a last round that is not full.
     both = {"transposed_x": True, "transposed_f": True, "overlaps": need_x and seed is None}
-    if trained_S is not None:
-        dB = B.new_empty(B.shape[0], trained)
-        _project(dy, trained_S, dB, **both)
+    if S_trained is not None and dB is not None:
+        _project(dy, S_trained, dB, **both)
     if dropped is not None:
         dA = A.new_empty(trained, A.shape[1])
         _project(dropped, dS[:, :trained], dA.T, **both)
@@ -318,6 +386,32 @@ def _dropped(tensor: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
 
 def _ranks(params: Tensor) -> int:
     return 8 if params.shape[0] <= 8 else 16
+
+
+def _why_not_dual_project(
+    group: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], precision: Precision
+) -> str | None:
+    if not group:
+        return "has nothing to do for no matrices"
+    for W, a, b in zip(group, A, B, strict=True):
+        for t in (W, a, b):
+            if t.dtype not in _WEIGHTS:
+                return f"multiplies float32, bfloat16 and float16, not {str(t.dtype)[6:]}"
+        if max(a.shape[0], b.shape[1]) > RANKS[-1]:
+            return f"takes up to {RANKS[-1]} ranks, not {max(a.shape[0], b.shape[1])}"
+        if W.device.type != "cuda" or torch.version.cuda is None:
+            return f"runs on NVIDIA GPUs; the tensors are on {W.device.type}"
+        if reason := _why_no_dual_project(W.device.index):
+            return reason
+    return None
+
+
+@cache
+def _why_no_dual_project(index: int) -> str | None:
+    module = native.module()
+    assert module is not None
+    reason: str | None = module.why_no_dual_project(index)
+    return reason
 
 
 def _why_not_descend(group: Sequence[Tensor], state: DescentState, steps: int) -> str | None:

@@ -309,6 +309,23 @@ def test_inputs_without_a_scale_are_refused() -> None:
         collect(ScaledSquares(), layer(8, 9), data)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("statistic", ALL.values(), ids=ALL)
+def test_a_gpu_collects_what_the_cpu_does(statistic: Statistic) -> None:
+    data = calls(33, 65, dtype=torch.float32)
+    expected = collect(statistic, layer(33, 65, torch.float32), data)
+    on_gpu = Layer("a.q", torch.zeros(33, 65, device="cuda"), 4)
+    moved = [
+        Tokens(t.x.cuda(), None if t.dy is None else t.dy.cuda(), t.valid.cuda()) for t in data
+    ]
+    for key, value in collect(statistic, on_gpu, moved).items():
+        assert value.is_cuda
+        columns = key in ("components", "gradient_U", "gradient_V")  # up to their signs
+        mine, theirs = (x.abs() if columns else x for x in (value.cpu(), expected[key]))
+        kept = mine[:3] if key == "components" else mine[:, :3] if columns else mine
+        assert (kept - theirs[tuple(map(slice, kept.shape))]).abs().max() <= 1e-3 * theirs.max()
+
+
 def test_ranks_share_what_is_collected() -> None:
     assert [bucket(n) for n in (1, 8, 16, 17, 32, 33, 100)] == [16, 16, 16, 32, 32, 64, 128]
     assert gradient(calls(5, 6)).shape == (5, 6)

@@ -194,7 +194,7 @@ class LoraSb(_FromGradient):
 
     Options:
         lr, warmup_ratio, total_steps: of the training run that follows; they set ΔW's size, η, and
-            nothing else.
+            nothing else. The defaults are a choice.
     """
 
     name: ClassVar[str] = "lora_sb"

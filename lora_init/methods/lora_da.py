@@ -92,8 +92,8 @@ class LoraDa(Method):
         return [ExampleGradient(), OutputSquares(), Covariance()]
 
     def peak_bytes(self, layer: Layer) -> int:
-        # Of (in, in) Z, its Cholesky factor and inverse, then Ω, ΔΔᵀ and what eigh works in: 95, 150
-        # and 36 MB were measured for 1000², (500, 1500) and (1500, 500).
+        # Of (in, in) Z, its Cholesky factor and inverse, then Ω, ΔΔᵀ and what eigh works in:
+        # measured, 95 MB for 1000², 150 for (500, 1500) and 36 for (1500, 500).
         out_features, in_features = layer.weight.shape
         return 8 * (8 * in_features**2 + 4 * in_features * out_features)
 

@@ -23,7 +23,7 @@ from lora_init.statistics import TokenMask
 _IGNORED_LABEL = -100  # what torch's cross entropy ignores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """A user's data, for methods that start from it: `initialize(model, "lora_ga", calibration=…)`.
 

@@ -32,7 +32,7 @@ _CACHED_BYTES = 32 << 20
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data:
     """A user's data and the model that it runs through."""
 

@@ -24,7 +24,7 @@ Wanted = list[tuple[str, Statistic]]
 Results = dict[tuple[str, Statistic], Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """A model as data runs through it.
 

@@ -788,6 +788,17 @@ def test_gradients_are_of_the_pretrained_model_in_eval_mode():
         assert relative(found[name]["gradient"], G) < 1e-12, name
 
 
+def test_fused_models_and_those_with_another_start_are_their_base_too():
+    base, data = llama(torch.float32), batches()
+    expected = collected(adapted(copy.deepcopy(base)), data, Gradient())
+    model = adapted(copy.deepcopy(base))
+    lora_init.initialize(model, "pissa", residual="virtual")
+    lora_init.fuse(model)
+    found = collected(model, data, Gradient())
+    assert all(torch.equal(found[n]["gradient"], expected[n]["gradient"]) for n in expected)
+    assert len(lora_init.fuse(model).fused) == 21
+
+
 def test_calls_under_no_grad_inference_mode_or_autocast_collect_the_same():
     data = batches()
     expected = collected(adapted(llama(torch.float32)), data, Gradient(), Covariance())
@@ -1111,6 +1122,26 @@ def test_gradients_of_a_quantised_model_are_of_its_dequantised_weights(bits, tol
         assert relative(lora_layers(model)[name].lora_B["default"].weight, G[:, :4]) < tolerance
     assert all(module.training for module in model.modules())
     model(**data[0]).loss.backward()  # not packed for the CPU, which could not train
+
+    with model.disable_adapter(), torch.no_grad():
+        before = model(**data[0]).logits
+    lora_init.initialize(model, "lora_ga", residual="virtual", calibration=Calibration(data))
+    assert float(lora_layers(model)[name].lora_B["default"].weight.detach().norm()) > 0
+    assert torch.equal(model(**data[0]).logits, before)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_is_collected_and_its_generator_left_alone():
+    base, data = llama(torch.float32), batches()
+    expected = collected(adapted(copy.deepcopy(base)), data, Gradient(), Covariance())
+    model = adapted(copy.deepcopy(base)).cuda()
+    before = torch.cuda.get_rng_state()
+    found = collected(model, data, Gradient(), Covariance(), checkpointing=True)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    for name, parts in expected.items():
+        for key, value in parts.items():
+            assert found[name][key].is_cuda
+            assert relative(found[name][key].cpu(), value) < 1e-3, (name, key)
 
 
 # -- several processes ----------------------------------------------------------------------------

@@ -155,12 +155,21 @@ def _dot(factor, part, total, LEFT: tl.constexpr):
 
 
 @triton.jit
-def _skinny(factor, part, total, compute: tl.constexpr, SPLIT: tl.constexpr, LEFT: tl.constexpr):
+def _skinny(
+    factor,
+    part,
+    total,
+    compute: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LEFT: tl.constexpr,
+    LARGEST: tl.constexpr = True,
+):
     """total + factor part, or part factor unless LEFT; an fp32 factor of a bf16 matrix as three
-    bf16 parts, which are all of its bits.
+    bf16 parts, which are all of its bits. Those of the LARGEST numbers too, unless it is a gradient
+    by `project_columns`, which would spill on sm_100.
     """
     if SPLIT:
-        high = _high(factor)
+        high = _high(factor) if LARGEST else _round(factor, tl.bfloat16)
         factor -= high.to(tl.float32)
         mid = _round(factor, tl.bfloat16)
         low = _round(factor - mid.to(tl.float32), tl.bfloat16)
@@ -418,7 +427,7 @@ def project_columns(
             rows = row0 + tl.arange(0, TM)
             left = tl.trans(_projected(ds, rows, rank, M, ranks, trained, PARTIALS))
             part = _tile(x, rows, k, x_stride, end, K).to(compute)
-            total = _skinny(left, part, total, compute, SPLIT, True)
+            total = _skinny(left, part, total, compute, SPLIT, True, False)
         tl.store(own + k[None, :], total, mask=inside & (k < K)[None, :])
 
 
@@ -441,7 +450,7 @@ def _dropped(
     """total + left drop(x) of the elements that one half of a word decides."""
     part = _tile(x, rows, k, x_stride, end, K)
     part = tl.where(_kept(word, half, least), part, 0.0).to(compute)
-    return _skinny(left, part, total, compute, SPLIT, True)
+    return _skinny(left, part, total, compute, SPLIT, True, False)
 
 
 @triton.jit

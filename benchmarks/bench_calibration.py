@@ -2,14 +2,14 @@
 
     python -m benchmarks.run calibration
 
-SmolLM2-135M, all linear layers, rank 8, movie reviews. Angles: 64 batches of 2 reviews, as many as
-lora_ga's authors take, cut to 48 tokens; principal angles in degrees between the spans of a
-sketched start's factors and of the exact one's, G from plain autograd, its SVD in fp64; the median
-and the largest of a layer's angles, and the excess: how much more of ‖G‖² than the exact start
-BBᵀG + GAᵀA misses of G (lora_ga, orthonormal factors), or the best product on B's and A's spans
-(lora_one); each a mean over the layers of a type. Memory: how far the resident set rose at most
-over that of the loaded model, in a process of its own, on 4 batches of one review of 32 tokens;
-"plain" keeps W.grad of every layer and solves nothing.
+SmolLM2-135M, all linear layers, rank 8, movie reviews. Angles: 32 batches of 2 reviews cut to 32
+tokens; principal angles in degrees between the spans of a sketched start's factors and of the exact
+one's, G from plain autograd, its SVD in fp64; the median and the largest of a layer's angles, and
+the excess: how much more of ‖G‖² than the exact start BBᵀG + GAᵀA misses of G (lora_ga, orthonormal
+factors), or the best product on B's and A's spans (lora_one); each a mean over the layers of a
+type. Memory: how far the resident set rose at most over that of the loaded model, in a process of
+its own, on 4 batches of one review of 32 tokens; "plain" keeps W.grad of every layer and solves
+nothing.
 """
 
 import copy
@@ -47,7 +47,7 @@ def run() -> dict[str, Any]:
 
 def _angles() -> list[dict[str, Any]]:
     base = _model()
-    batches = _batches(64, 2, 48)
+    batches = _batches(32, 2, 32)
     began = time.perf_counter()
     gradients = _gradients(base, batches)
     exact = {name: torch.linalg.svd(G, full_matrices=False) for name, G in gradients}

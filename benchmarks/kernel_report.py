@@ -5,9 +5,10 @@
 Compiles each configuration for sm_80 (A100), sm_89 (4090), sm_90 (H100, H200) and sm_100 (B200) and
 prints registers, spills, shared memory and tensor-core instructions as they are in the cubin; that
 needs no GPU.
-Exits with 1 if one spills, needs more shared memory than that chip gives a block, uses TF32, or
-reads a 16-bit W on sm_90 by `mma.sync` although its memory is aligned: wgmma is what reaches the
-full rate there, and not where ptxas lets each wait for the one before (its note C7515).
+Exits with 1 if one spills, traps (what Triton makes of a kernel that does not fit), needs more
+shared memory than that chip gives a block, uses TF32, or reads a 16-bit W on sm_90 by `mma.sync`
+although its memory is aligned: wgmma is what reaches the full rate there, and not where ptxas lets
+each wait for the one before (its note C7515).
 """
 
 from __future__ import annotations
@@ -306,6 +307,7 @@ def measure(case: Case) -> Row:
             "tcgen05": len(re.findall(r"\bUTC\w*MMA\b", sass)),
             "tf32": len(re.findall("TF32", sass)),
             "cp.async": len(re.findall(r"\bLDGSTS\b", sass)),
+            "traps": len(re.findall(r"\btrap;", compiled.asm["ptx"])),
         },
     )
     row.broken = list(broken_bounds(case, row))
@@ -316,6 +318,8 @@ def broken_bounds(case: Case, row: Row) -> Iterator[str]:
     """In words, each bound that the row breaks."""
     if row.spills:
         yield f"{row.spills} spills"
+    if row.counts["traps"]:
+        yield "traps"
     if row.shared > SHARED_LIMIT[row.arch]:
         yield f"shared memory {row.shared} > {SHARED_LIMIT[row.arch]}"
     if row.counts["tf32"]:

@@ -726,6 +726,8 @@ def schedule(
     else:
         kinds = (_MATMUL if tma else _MATMUL_POINTERS).get(capability, _MATMUL_SAFE)
         matmul = kinds[halves]
+        if halves and tma and dtypes[0] != dtypes[1]:
+            matmul = _MATMUL_SPLIT_START.get(capability, matmul)
     size, wide = magnitude(rows), padded(ranks, dtypes)
     if torch.float32 in dtypes:
         if not _split_factors(dtypes):
@@ -755,6 +757,9 @@ _MATMUL: dict[tuple[int, int], tuple[Matmul, Matmul]] = {
     (9, 0): (Matmul(128, 256, 64, 8, 3), Matmul(128, 128, 64, 8, 3)),
     (10, 0): (Matmul(128, 128, 64, 8, 3), Matmul(128, 128, 64, 8, 3)),
 }
+# Instead of the second, of split factors, which take three products each: in 128 rows they do not
+# fit the tensor memory, and Triton 3.7 makes a kernel of it that traps.
+_MATMUL_SPLIT_START = {(10, 0): Matmul(64, 128, 64, 8, 3)}
 _MATMUL_SAFE = (Matmul(128, 128, 32, 8, 3), Matmul(64, 128, 32, 8, 3))
 _MATMUL_POINTERS = {(10, 0): (_MATMUL_SAFE[0], Matmul(64, 128, 32, 8, 2))}
 _MATMUL_FP32 = Matmul(64, 128, 16, 8, 2)

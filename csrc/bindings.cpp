@@ -16,9 +16,16 @@ namespace {
 
 const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 
+using Variant = std::tuple<int, int, bool>;
+DescendVariant descend_variant(const Variant& variant) {
+  const auto [ranks, element_bytes, streamed] = variant;
+  return {ranks, element_bytes, streamed};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("interface") = LORA_INIT_INTERFACE;
   m.attr("archs") = LORA_INIT_CUDA_ARCHS;
   m.attr("cuda_version") = LORA_INIT_CUDA_VERSION;
 
@@ -94,23 +101,46 @@ PYBIND11_MODULE(_C, m) {
       py::arg("ranks"), py::arg("parts"), py::arg("factors_are_half"), py::arg("scale"),
       py::arg("half_targets"), py::arg("device"), py::arg("stream"));
 
-  m.def("descend_capacity", &descend_capacity, py::arg("ranks"), py::arg("device"));
-  m.def("descend_region_bytes", &descend_region_bytes, py::arg("ranks"));
+  m.def(
+      "why_no_descend",
+      [](Variant variant, int device) { return why_no_descend(descend_variant(variant), device); },
+      py::arg("variant"), py::arg("device"));
+  m.def(
+      "descend_capacity",
+      [](Variant variant, int device) {
+        return descend_capacity(descend_variant(variant), device);
+      },
+      py::arg("variant"), py::arg("device"));
+  m.def(
+      "descend_tiles",
+      [](Variant variant) {
+        const DescendSize tiles = descend_tiles(descend_variant(variant));
+        return std::pair(tiles.rows, tiles.columns);
+      },
+      py::arg("variant"));
+  m.def(
+      "descend_region_bytes",
+      [](Variant variant, std::pair<int, int> tiles, std::pair<int, int> blocks) {
+        return descend_region_bytes(descend_variant(variant), {tiles.first, tiles.second},
+                                    {blocks.first, blocks.second});
+      },
+      py::arg("variant"), py::arg("tiles"), py::arg("blocks"));
   m.def(
       "descend",
-      [](uintptr_t layers, int64_t blocks, int64_t most_blocks, int64_t steps, uintptr_t schedule,
-         uintptr_t workspace, uintptr_t counters, int64_t counter_bytes,
-         std::pair<double, double> betas, double eps, int ranks, bool bf16, bool adam, int ctas,
-         int device, uintptr_t stream) {
-        descend({pointer(layers), blocks, most_blocks, steps,
+      [](Variant variant, uintptr_t layers, int64_t blocks, int64_t most_blocks, int64_t steps,
+         uintptr_t schedule, uintptr_t workspace, int64_t region_bytes, uintptr_t counters,
+         int64_t counter_bytes, std::pair<double, double> betas, double eps, bool bf16, bool adam,
+         int ctas, int device, uintptr_t stream) {
+        descend({descend_variant(variant), pointer(layers), blocks, most_blocks, steps,
                  static_cast<const float*>(pointer(schedule)),
-                 const_cast<void*>(pointer(workspace)), const_cast<void*>(pointer(counters)),
-                 counter_bytes, float(1 - betas.first), float(betas.second),
-                 float(1 - betas.second), float(eps), ranks, bf16, adam, ctas, device,
+                 const_cast<void*>(pointer(workspace)), region_bytes,
+                 const_cast<void*>(pointer(counters)), counter_bytes, float(1 - betas.first),
+                 float(betas.second), float(1 - betas.second), float(eps), bf16, adam, ctas, device,
                  reinterpret_cast<cudaStream_t>(stream)});
       },
-      py::kw_only(), py::arg("layers"), py::arg("blocks"), py::arg("most_blocks"), py::arg("steps"),
-      py::arg("schedule"), py::arg("workspace"), py::arg("counters"), py::arg("counter_bytes"),
-      py::arg("betas"), py::arg("eps"), py::arg("ranks"), py::arg("bf16"), py::arg("adam"),
-      py::arg("ctas"), py::arg("device"), py::arg("stream"));
+      py::kw_only(), py::arg("variant"), py::arg("layers"), py::arg("blocks"),
+      py::arg("most_blocks"), py::arg("steps"), py::arg("schedule"), py::arg("workspace"),
+      py::arg("region_bytes"), py::arg("counters"), py::arg("counter_bytes"), py::arg("betas"),
+      py::arg("eps"), py::arg("bf16"), py::arg("adam"), py::arg("ctas"), py::arg("device"),
+      py::arg("stream"));
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_init import native
+from lora_init import blocks, native
+from lora_init.blocks import Cut, Limits, Variant
 from lora_init.ops.descend import DescentState
 from lora_init.ops.dual_project import Precision
 from lora_init.ops.philox import keep_mask, keep_rate
@@ -24,8 +24,8 @@ PRIORITY = 20
 VERIFIED: tuple[str, ...] = ()
 
 _OPS = ("dual_project", "descend", "lora_linear")
-# Of csrc/blocks.h.
-_BLOCK, _COUNTERS, _COUNTER_BYTES, _MOST_STEPS = 256, 2, 32, 1 << 20
+# Of csrc/descend.cu.
+_MOST_STEPS, _MOST_WORKSPACE = 1 << 20, 1 << 32
 # DualProjectWeight of csrc/dual_project.h.
 _WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Op -> the compute capabilities where a file in benchmarks/results/ shows it faster than Triton.
@@ -120,68 +120,40 @@ def descend(group: Sequence[Tensor], state: DescentState, steps: int) -> None:
         return
     optimizer = state.optimizer
     schedule = optimizer.schedule(state.step, steps).astype(np.float32)
-    # By a matrix' own rank, so that its bits do not depend on the group's.
-    classes: dict[tuple[torch.device, torch.dtype, int], list[int]] = {}
+    classes: dict[tuple[torch.device, torch.dtype, Variant], list[tuple[int, Cut]]] = {}
     for i, (W, params) in enumerate(zip(group, state.params, strict=True)):
-        classes.setdefault((W.device, W.dtype, _ranks(params)), []).append(i)
-    for (device, dtype, ranks), members in classes.items():
-        table = descend_table([group[i] for i in members], state.take(members))
-        ctas = min(table.blocks, _capacity(ranks, device.index))
+        found = _cut(W, params)
+        assert isinstance(found, Cut), found
+        classes.setdefault((W.device, W.dtype, found.variant), []).append((i, found))
+    for (device, dtype, variant), members in classes.items():
+        indices, cuts = zip(*members, strict=True)
+        taken = [group[i] for i in indices]
+        table = blocks.table(taken, state.take(indices), cuts, _region_bytes)
+        limits = _limits(variant, device.index)
+        assert isinstance(limits, Limits), limits
+        ctas = min(table.blocks, limits.ctas)
         layers, rates = (_uploaded(t, device) for t in (table.layers, schedule))
         counters = torch.empty(table.counter_bytes, dtype=torch.uint8, device=device)
-        size = module.descend_region_bytes(ranks) * ctas
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        workspace = torch.empty(table.region_bytes * ctas, dtype=torch.uint8, device=device)
         module.descend(
+            variant=tuple(variant),
             layers=layers.data_ptr(),
             blocks=table.blocks,
             most_blocks=table.most_blocks,
             steps=steps,
             schedule=rates.data_ptr(),
             workspace=workspace.data_ptr(),
+            region_bytes=table.region_bytes,
             counters=counters.data_ptr(),
             counter_bytes=table.counter_bytes,
             betas=optimizer.betas,
             eps=optimizer.eps,
-            ranks=ranks,
             bf16=dtype == torch.bfloat16,
             adam=optimizer.name == "adam",
             ctas=ctas,
             device=device.index,
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
-
-
-@dataclass(frozen=True)
-class DescendTable:
-    """What csrc/descend.cuh is told about a group.
-
-    Attributes:
-        layers: int64, a row for each matrix: its address and strides, sizes and rank, the addresses
-            of its state, its first block and its first counter.
-        blocks: of all matrices.
-        most_blocks: of the largest.
-        counter_bytes: of all counters, which start at zero.
-    """
-
-    layers: np.ndarray
-    blocks: int
-    most_blocks: int
-    counter_bytes: int
-
-
-def descend_table(group: Sequence[Tensor], state: DescentState) -> DescendTable:
-    rows, blocks = [], [0]
-    for i, (W, params) in enumerate(zip(group, state.params, strict=True)):
-        # Plain descent touches no moments.
-        tensors = (params, *(state.moments[i] if state.moments else (params, params)))
-        addresses = (t.data_ptr() for t in tensors)
-        size = (*W.shape, params.shape[0])
-        rows.append((W.data_ptr(), *W.stride(), *size, *addresses, blocks[-1], i * _COUNTERS))
-        row_blocks, column_blocks = (-(-size // _BLOCK) for size in W.shape)
-        blocks.append(blocks[-1] + row_blocks * column_blocks)
-    layers = np.array(rows, np.int64)
-    counter_bytes = len(rows) * _COUNTERS * _COUNTER_BYTES
-    return DescendTable(layers, blocks[-1], int(np.diff(blocks).max()), counter_bytes)
 
 
 def _uploaded(array: np.ndarray, device: torch.device) -> Tensor:
@@ -368,9 +340,10 @@ def _padded_empty(like: Tensor, columns: int) -> Tensor:
 
 
 def _why_not_aligned(matrix: Tensor) -> str | None:
-    """Of a 16-bit matrix, why TMA cannot address its rows."""
+    """Why 16 bytes at a time, or TMA, cannot address a matrix' rows."""
     pitch, step = matrix.stride()
-    if step != 1 or pitch < matrix.shape[1] or pitch % 8 or matrix.data_ptr() % 16:
+    apart = pitch * matrix.element_size()
+    if step != 1 or pitch < matrix.shape[1] or apart % 16 or matrix.data_ptr() % 16:
         return (
             f"needs contiguous rows that start at multiples of 16 bytes, got strides "
             f"{(pitch, step)} at {matrix.data_ptr() % 16} mod 16"
@@ -382,10 +355,6 @@ def _dropped(tensor: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     if seed is None:
         return tensor
     return tensor.masked_fill(~keep_mask(seed, tensor.shape[0], tensor.shape[1], dropout_p), 0)
-
-
-def _ranks(params: Tensor) -> int:
-    return 8 if params.shape[0] <= 8 else 16
 
 
 def _why_not_dual_project(
@@ -423,25 +392,56 @@ def _why_not_descend(group: Sequence[Tensor], state: DescentState, steps: int) -
     if not all(t.dtype == torch.float32 and t.is_contiguous() for t in state_tensors):
         return "descends contiguous float32 factors and moments"
     for W, params in zip(group, state.params, strict=True):
-        if W.dtype not in (torch.bfloat16, torch.float16):
-            return f"keeps matrices in bfloat16 and float16 on chip, not {str(W.dtype)[6:]}"
-        if params.shape[0] > 16:
-            return f"takes up to 16 ranks, not {params.shape[0]}"
+        if W.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"descends to float32, bfloat16 and float16 matrices, not {str(W.dtype)[6:]}"
+        if params.shape[0] > 32:
+            return f"takes up to 32 ranks, not {params.shape[0]}"
         if W.device.type != "cuda" or torch.version.cuda is None:
             return f"runs on NVIDIA GPUs; the tensors are on {W.device.type}"
-        if reason := _why_not_on(W.device.index):
+        if isinstance(reason := _cut(W, params), str):
             return reason
-        blocks = -(-W.shape[0] // _BLOCK) * -(-W.shape[1] // _BLOCK)
-        if blocks > (most := _capacity(_ranks(params), W.device.index)):
-            return f"keeps {most} blocks of 256 × 256 on chip, {tuple(W.shape)} has {blocks}"
     return None
 
 
+def _cut(weight: Tensor, params: Tensor) -> Cut | str:
+    """On chip where there is room for it, else streamed; or why neither."""
+    resident, streamed = (Variant.of(weight, params, streamed) for streamed in (False, True))
+    limits = _limits(resident, weight.device.index)
+    found = limits if isinstance(limits, str) else blocks.cut(weight.shape, resident, limits)
+    if isinstance(found, Cut):
+        return found
+    on_chip = f"on chip it {found}; " if isinstance(limits, Limits) else ""
+    limits = _limits(streamed, weight.device.index)
+    if isinstance(limits, str):
+        return limits
+    if reason := _why_not_aligned(weight):
+        return f"{on_chip}streamed, W {reason}"
+    found = blocks.cut(weight.shape, streamed, limits)
+    if isinstance(found, str):
+        return on_chip + found
+    if (size := _region_bytes(found) * found.count) >= _MOST_WORKSPACE:
+        return f"exchanges less than 4 GB; {tuple(weight.shape)} takes {size / 1e9:.1f}"
+    return found
+
+
 @cache
-def _capacity(ranks: int, index: int) -> int:
+def _limits(variant: Variant, index: int) -> Limits | str:
     module = native.module()
     assert module is not None
-    return int(module.descend_capacity(ranks, index))
+    if reason := module.why_no_descend(tuple(variant), index):
+        return str(reason)
+    if not variant.streamed and (reason := _why_not_on(index)):
+        return reason
+    ctas = int(module.descend_capacity(tuple(variant), index))
+    if ctas == 0:
+        return "takes more of this device than there is for this process"
+    return Limits(ctas, module.descend_tiles(tuple(variant)))
+
+
+def _region_bytes(found: Cut) -> int:
+    module = native.module()
+    assert module is not None
+    return int(module.descend_region_bytes(tuple(found.variant), found.tiles, found.blocks))
 
 
 def _why_not_lora_linear(*args: Any) -> str | None:

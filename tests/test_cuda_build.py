@@ -1,9 +1,11 @@
 """The optional native module: built where nvcc is, left out with a reason where it is not."""
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -80,6 +82,22 @@ def test_a_module_that_does_not_load_is_left_out_with_a_warning(
     monkeypatch.setattr(native, "import_module", fails)
     with pytest.warns(UserWarning, match="_C does not load and is not used .*GLIBCXX_9"):
         assert native.module.__wrapped__() is None
+
+
+def test_a_module_of_other_sources_is_left_out_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old = types.SimpleNamespace(__file__="_C.so")  # of before it had an interface
+    monkeypatch.setattr(native, "import_module", lambda name: old)
+    with pytest.warns(UserWarning, match=r"_C\.so was built of another .* build it again"):
+        assert native.module.__wrapped__() is None
+    interface = (ROOT / "csrc" / "bindings.cpp").read_bytes()
+    old.interface = hashlib.sha256(interface).hexdigest()
+    assert native.module.__wrapped__() is old
+    # A wheel has no source beside it.
+    del old.interface
+    monkeypatch.setattr(native, "_INTERFACE", ROOT / "nowhere")
+    assert native.module.__wrapped__() is old
 
 
 @needs_module

@@ -4,8 +4,8 @@
 
 Reads the module's own machine code, for each chip that it was built for; that needs no GPU. Exits
 with 1 if a kernel spills, if one of the Hopper GEMMs does not load by TMA and multiply by wgmma,
-with no product waiting for the one before it, or if one of dual_project does not use tensor cores
-and asynchronous copies.
+with no product waiting for the one before it, or if one of dual_project or descend does not use
+tensor cores and asynchronous copies.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Row:
                 found.append("every wgmma waits for the one before")
             if not counts["tma"]:
                 found.append("no TMA")
-        if "dual_project" in self.kernel:
+        if "descend" in self.kernel or "dual_project" in self.kernel:
             if self.stack:
                 found.append(f"a stack of {self.stack} bytes")
             if "_sum" not in self.kernel and not (counts["mma"] and counts["copies"]):
@@ -76,8 +76,8 @@ def rows(module: str) -> Iterator[Row]:
     for arch, part in _by_arch(_cuobjdump("-sass", module)):
         for function in part.split("Function : ")[1:]:
             kernel, sass = function.split("\n", 1)
-            # The Hopper GEMMs are empty on other chips.
-            if arch == 90 or not any(name in kernel for name in _HOPPER):
+            # Some are empty on other chips.
+            if arch == 90 or not any(name in kernel for name in (*_HOPPER, "descend_resident")):
                 counts = {name: len(re.findall(what, sass)) for name, what in _COUNTED.items()}
                 yield Row(_readable(kernel), arch, *usage[arch, kernel.strip()], counts)
 

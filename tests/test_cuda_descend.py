@@ -1,6 +1,7 @@
 """csrc/descend.cu: the kernels themselves on the host, one fiber a CUDA thread, and on a GPU."""
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_init import backend, backends, blocks
+from lora_init import backend, backends, blocks, native
 from lora_init.backends import cuda, reference
 from lora_init.blocks import Cut, Limits, Variant
 from lora_init.ops import descend as op
@@ -286,6 +287,20 @@ def test_minimum_stays_where_it_is(host: Host) -> None:
     assert torch.equal(state.A[0], A)
     assert torch.equal(state.B[0], B)
     assert not state.params[1].any()
+
+
+@pytest.mark.skipif(native.module() is None, reason="lora_init._C is not built")
+def test_module_and_host_agree_on_blocks(host: Host) -> None:
+    module = native.module()
+    for ranks, element_bytes, streamed in itertools.product((8, 16, 32), (2, 4), (False, True)):
+        if element_bytes == 4 and ranks == 32 and not streamed:
+            continue
+        variant = Variant(ranks, element_bytes, streamed)
+        limits = host.limits(variant, 264)
+        assert module.descend_tiles(tuple(variant)) == limits.tiles  # type: ignore[union-attr]
+        found = blocks.cut((1000, 1100), variant, limits)
+        assert isinstance(found, Cut)
+        assert cuda._region_bytes(found) == host.region_bytes(found)
 
 
 ON_CHIP, STREAMED = Limits(264, (16, 16)), Limits(132, (0, 32))

@@ -1090,6 +1090,31 @@ def test_layers_get_other_ranks(tmp_path, rslora, fused):
     assert relative(merged(tokens).logits, logits) < 1e-5
 
 
+class RedistributesResiduals(Redistributes):
+    """As above, on residuals."""
+
+    residual: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("residual", ["stored", "virtual"])
+def test_a_model_on_residuals_whose_layers_got_other_ranks_is_saved_and_resumed(tmp_path, residual):
+    base, tokens = llama(torch.float32), batches()[0]["input_ids"]
+    model = adapted(copy.deepcopy(base), ["q_proj", "v_proj"])
+    lora_init.initialize(model, RedistributesResiduals((3, 0, 4, 2, 0, 7)), residual=residual)
+    assert relative(model.eval()(tokens).logits, base(tokens).logits) < 2e-5
+    with torch.no_grad():
+        for module in lora_layers(model).values():
+            module.lora_B["default"].weight.mul_(1.01)
+    logits = model(tokens).logits
+    assert relative(logits, base(tokens).logits) > 1e-3
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert relative(loaded(tokens).logits, logits) < 2e-5
+    again = get_peft_model(copy.deepcopy(base), copy.deepcopy(model.peft_config["default"]))
+    lora_init.resume(again, tmp_path)
+    assert torch.equal(again.eval()(tokens).logits, logits)
+
+
 def test_a_layer_that_loses_one_adapter_keeps_the_other():
     model = adapted(llama(torch.float32), ["q_proj"])
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

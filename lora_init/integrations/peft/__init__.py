@@ -162,7 +162,9 @@ def initialize(
             group_bytes=group_bytes,
         )
         stored = [layer.stored for layer in solved]
-        start = Start.of(chosen, seed, [layer.layer for layer in solved], stored, kind == "virtual")
+        adapted = [x for x in solved if x.stored.r]  # those of rank 0 lose their adapter
+        layers, kept = [x.layer for x in adapted], [x.stored for x in adapted]
+        start = Start.of(chosen, seed, layers, kept, kind == "virtual")
 
         def forward() -> Tensor:
             return _output(model, example)

@@ -1,14 +1,20 @@
 """Run a study, or what is missing of it, and write its verdict and figure from its table.
 
-python -m benchmarks.studies toy [--seeds 5] [--every 1]
+python -m benchmarks.studies toy [--seeds N] [--every N]
+python -m benchmarks.studies lm [MODEL ...] [--seeds N] [--methods NAME ...]
 """
 
 import argparse
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 
 import torch
+from filelock import FileLock, Timeout
 
 from benchmarks import common, data
 from benchmarks.studies import figures, lm, toy, verdicts
@@ -38,25 +44,38 @@ def main() -> None:
 
 
 def _toy(options: argparse.Namespace) -> None:
-    results = toy.table(common.RESULTS / "study-toy.csv")
-    mnist, fashion = data.mnist(), data.fashion_mnist()
-    grid = (toy.SIGMAS[:: options.every], toy.LRS[:: options.every])
-    toy.run(results, toy.Toy(), mnist, fashion, range(options.seeds), *grid)
-    verdict = verdicts.toy(results)
-    print(verdicts.toy_text(verdict))
-    figures.toy(results, results.path.with_suffix(".png"))
-    common.write_results("study-toy", {"machine": common.machine(), **verdict})
+    with _alone("toy") as path:
+        results = toy.table(path)
+        grid = (toy.SIGMAS[:: options.every], toy.LRS[:: options.every])
+        images = (data.mnist(), data.fashion_mnist())
+        toy.run(results, toy.Toy(), *images, range(options.seeds), *grid)
+        verdict = verdicts.toy(results)
+        print(verdicts.toy_text(verdict))
+        figures.toy(results, path.with_suffix(".png"))
+        common.write_results("study-toy", {"machine": common.machine(), **verdict})
 
 
 def _lm(options: argparse.Namespace) -> None:
     for model in options.models or lm.TASKS:
-        results = lm.table(common.RESULTS / f"study-{model}.csv")
-        lm.run(results, lm.TASKS[model](), options.methods, range(options.seeds))
-        rows = verdicts.lm_rows(results)
-        print(verdicts.lm_text(rows))
-        figures.lm_study(results, rows, model, results.path.with_suffix(".png"))
-        content = {"machine": common.machine(), "winners": verdicts.lm_winners(rows), "rows": rows}
-        common.write_results(f"study-{model}", content)
+        with _alone(model) as path:
+            results = lm.table(path)
+            lm.run(results, lm.TASKS[model](), options.methods, range(options.seeds))
+            rows = verdicts.lm_rows(results)
+            print(verdicts.lm_text(rows))
+            figures.lm_study(results, rows, model, path.with_suffix(".png"))
+            content = {"winners": verdicts.lm_winners(rows), "rows": rows}
+            common.write_results(f"study-{model}", {"machine": common.machine(), **content})
+
+
+@contextmanager
+def _alone(study: str) -> Iterator[Path]:
+    """The path of a study's table, for this process only."""
+    data.DATA.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(data.DATA / f"study-{study}.lock", timeout=0):
+            yield common.RESULTS / f"study-{study}.csv"
+    except Timeout:
+        sys.exit(f"another process is running the study {study}")
 
 
 if __name__ == "__main__":

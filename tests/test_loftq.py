@@ -182,6 +182,18 @@ class TestPeft:
         loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path).eval()
         assert torch.equal(logits(loaded), expected)
 
+    @pytest.mark.parametrize("method", ["loftq", "pissa", "lora"])
+    def test_a_base_that_was_replaced_is_no_pretrained_one(self, method: str) -> None:
+        model = adapted(llama(), r=4)
+        lora_init.initialize(model, "loftq")
+        before = snapshot(model)
+        for again in (model, copy.deepcopy(model)):
+            with pytest.raises(LoraInitError, match=r"loftq replaced this model's base.*anew from"):
+                lora_init.initialize(again, method)
+        assert_unchanged(model, before)
+        # Made a model of its own, it is the one that is initialised.
+        lora_init.initialize(adapted(model.unload(), r=4), method)
+
     def test_conv1d_is_quantised_as_out_in(self) -> None:
         from transformers.pytorch_utils import Conv1D
 

@@ -41,6 +41,7 @@ from lora_init.integrations.peft.residual_model import (
     check_base,
     check_same_layers,
     detach,
+    note_replaced,
     other_tensors,
 )
 from lora_init.integrations.peft.sharded import is_sharded, reshard
@@ -191,6 +192,8 @@ def initialize(
         changed = _changed_ranks(modules, adapter, stored)
         with deferred_interrupt():
             commit(list(modules.values()), stored, adapter, kind)
+            if kind == "replaced":
+                note_replaced(model, chosen.name)
             if changed:
                 notes.append(changed)
                 settle_ranks(model, adapter, modules)

@@ -23,6 +23,9 @@ from lora_init.integrations.peft.mixins import Mixin, mixed, unmixed
 from lora_init.integrations.peft.sharded import is_sharded, loadable
 from lora_init.staging import merged_into
 
+# Of a model whose base is neither W nor a residual: the method that replaced it.
+_REPLACED = "lora_init_replaced_by"
+
 
 class ResidualModel(Mixin, PeftModel):
     """Mixed into a PEFT model's class once its adapters start from residuals: saves plain adapters,
@@ -292,7 +295,12 @@ class VirtualResidual(ResidualModel):
 
 
 def check_base(model: PeftModel, residual: Residual) -> None:
-    """Raises `LoraInitError` if the base holds residuals, or must not."""
+    """Raises `LoraInitError` if the base holds residuals, or must not, or was replaced."""
+    if (method := vars(model).get(_REPLACED)) is not None:
+        raise LoraInitError(
+            f"{method} replaced this model's base, which is not the pretrained one any more: build "
+            "it anew from the original base to initialise again"
+        )
     if isinstance(model, StoredResidual):
         raise LoraInitError(
             f"this model's base already is the residual of adapter "
@@ -305,6 +313,11 @@ def check_base(model: PeftModel, residual: Residual) -> None:
             f"adapter {', '.join(model.lora_init_starts)} needs this model's base as it is: "
             f"{way_out}"
         )
+
+
+def note_replaced(model: PeftModel, method: str) -> None:
+    """Have `check_base` know that a method put other weights in the base's place."""
+    vars(model)[_REPLACED] = method
 
 
 def attach(model: PeftModel, adapter: str, start: Start) -> None:

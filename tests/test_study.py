@@ -4,20 +4,24 @@ rates that are climbed on, verdicts, and the data sets that only they use.
 
 import gzip
 import io
+import json
 import math
 import os
 import pickle
 import statistics
+import sys
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import data
+from benchmarks import common, data
 from benchmarks.data import Images
 from benchmarks.studies import figures, lm, toy, verdicts
+from benchmarks.studies.__main__ import main as studies
 from benchmarks.studies.table import Table, interval, run_missing
 
 TOY = toy.Toy(width=48, r=4, batch=8, pretrain_steps=60, pretrain_lr=5e-3, steps=12)
@@ -356,6 +360,27 @@ def test_the_verdict_names_who_beats_lora_and_who_loses(tmp_path):
     ]
     figures.lm_study(results, rows, "tiny", tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The command.
+
+
+def test_the_command_writes_all_of_the_toy_study(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "DATA", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(data, "mnist", lambda: images[0])
+    monkeypatch.setattr(data, "fashion_mnist", lambda: images[1])
+    monkeypatch.setattr(toy, "Toy", lambda: TOY)
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda _: True)  # it is of the whole process
+    monkeypatch.setattr(sys, "argv", ["studies", "toy", "--seeds", "2", "--every", "6"])
+    with FileLock(tmp_path / "study-toy.lock"), pytest.raises(SystemExit, match="another process"):
+        studies()
+    studies()
+    (verdict,) = tmp_path.glob("study-toy-*.json")
+    assert json.loads(verdict.read_text())["seeds"] == 2
+    assert len(toy.table(tmp_path / "study-toy.csv").rows) == 2 * (3 * 2 * 2 + 2)
+    assert (tmp_path / "study-toy.png").exists()
+    assert "init_ab − init_a, loss: better in" in capsys.readouterr().out
 
 
 # The data.

@@ -1,7 +1,9 @@
 """Run a study, or what is missing of it, and write its verdict and figure from its table.
 
-python -m benchmarks.studies toy [--seeds N] [--every N]
-python -m benchmarks.studies lm [MODEL ...] [--seeds N] [--methods NAME ...]
+    python -m benchmarks.studies toy [--seeds N] [--every N]
+    python -m benchmarks.studies lm [MODEL ...] [--seeds N] [--methods NAME ...]
+
+A study runs on one thread, and in one process at a time.
 """
 
 import argparse

@@ -180,9 +180,14 @@ def solve_group(
         finite = [math.isfinite(peak) for peak in values(peaks)]
         for i, result, *fine in zip(missing, solved, finite[::2], finite[1::2], strict=True):
             if not all(fine):
+                why = (
+                    "it diverged: lower lr"
+                    if hasattr(method, "lr")
+                    else "the weight, what was collected or an option is too large for it: leave "
+                    "the layer out of target_modules, or choose another method or a smaller option"
+                )
                 raise LoraInitError(
-                    f"{layers[i].name}: {method.name} gave factors that are not finite; it "
-                    f"diverged: lower lr"
+                    f"{layers[i].name}: {method.name} gave factors that are not finite; {why}"
                 )
             info = {"method": method.name, "seconds": seconds} | resolved[i] | result.info
             info["cached"] = False

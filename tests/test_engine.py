@@ -268,6 +268,17 @@ def test_nothing_is_solved_before_every_layer_is_checked(monkeypatch: pytest.Mon
         approximate({"a.q": W, "z.q": W[:1]}, r=2)
 
 
+@pytest.mark.parametrize(
+    ("method", "size", "options"), [("nlora", 1e25, {}), ("init_ab", 1.0, {"beta": 1e39})]
+)
+def test_what_overflows_without_a_learning_rate_is_not_to_lower_it(
+    method: str, size: float, options: dict[str, float]
+) -> None:
+    message = rf"a\.q: {method} gave factors that are not finite; the weight.* leave the layer out"
+    with pytest.raises(LoraInitError, match=message):
+        approximate({"a.q": W * size}, r=2, method=method, **options)
+
+
 @pytest.mark.parametrize("r", [6, 40])
 def test_lora_itself_may_have_any_rank(r: int) -> None:
     f = approximate({"a.q": W}, r=r, method="lora")["a.q"]

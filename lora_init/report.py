@@ -38,7 +38,8 @@ class LayerReport:
     Attributes:
         loss: mean((W − s·BA)²), from a pass over W with the factors as stored.
         relative_error: ‖W − s·BA‖_F / ‖W‖_F.
-        start_error: largest |R + s·BA − W| (base as stored; R = W for methods that leave it).
+        start_error: largest |R + s·BA − W|, R being the base as it is stored: W for methods that
+            leave it, Q for those that replace it.
         start_drift: ‖R + s·BA − W‖_F / ‖W‖_F: rounding, unless the method leaves the base and
             starts from BA ≠ 0.
         bound: the smallest relative_error that rank r allows (Eckart–Young), if it was computed.
@@ -280,7 +281,8 @@ def start_note(reports: Sequence[LayerReport], residual: Residual) -> str | None
         return (
             "the base is no longer the pretrained one: training starts from Q + s·B₀A₀, where Q is "
             f"what replaced W, up to {worst.start_drift:.1e} of ‖W‖ away ({worst.name}); save the "
-            "base model too (model.unload() gives it), as the adapter fits no other"
+            "base model too, as the adapter fits no other (after the adapter: model.unload() gives "
+            "the base, and leaves nothing of the adapter)"
         )
     if residual is not None or worst.start_drift <= START_ROUNDING:
         return None

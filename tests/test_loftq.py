@@ -167,6 +167,7 @@ class TestPeft:
             assert line.start_drift == pytest.approx(error(f, weights[name]), rel=1e-5)
         assert report.output_drift == pytest.approx(distance(logits(model), logits(base)), rel=1e-3)
         (note,) = report.notes
+        assert "after the adapter: model.unload() gives the base" in note
         assert "no longer the pretrained one" in note
         assert "save the base model too" in note
 

@@ -33,6 +33,7 @@ class LoftQ(Method):
 
     The base gets Q's values in W's dtype: it must be saved with the adapter, and a copy of it that
     is loaded in the same quantisation is the same base. bitsandbytes quantises (the extra `qlora`).
+    Never cached.
 
     Options:
         quantization: "nf4", in blocks of 64 without double quantisation, or "int8", by rows; as

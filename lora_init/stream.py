@@ -29,7 +29,7 @@ from torch import Tensor
 from lora_init.cache import Cache
 from lora_init.checkpoints import WEIGHT_DTYPES, Checkpoint, Target, write_shard
 from lora_init.engine import GroupBytes, check_layers, group_limit, pack, solve_group
-from lora_init.factors import Factors, LoraInitError, Residual
+from lora_init.factors import Factors, LoraInitError
 from lora_init.journal import Journal
 from lora_init.methods import Layer, Method, Progress
 from lora_init.parallel import map_layers
@@ -79,7 +79,6 @@ class Stream:
         self.device = device or torch.device("cpu")
         self.layers = [_meta_layer(checkpoint, target, r, seed) for target in targets]
         self.limit = group_limit(self.device, group_bytes, _CPU_GROUP_BYTES)
-        self.residual_kind: Residual = "stored" if method.residual else None
         self.bounds = method.residual and bounds_affordable([x.weight for x in self.layers])
         self._sizes = [x.weight.numel() * x.weight.element_size() for x in self.layers]
 
@@ -223,8 +222,8 @@ class Stream:
     ) -> None:
         solved = solve_group(layers, self.method, resolved, store, progress)
         stored = [x.to(torch.float32, layer.name) for x, layer in zip(solved, layers, strict=True)]
-        reports = measure(layers, stored, self.residual_kind)
-        judge(reports, layers, self.residual_kind, warn=False)
+        reports = measure(layers, stored, self.method.kind)
+        judge(reports, layers, self.method.kind, warn=False)
         if self.bounds:
             bounds = eckart_young([x.weight for x in layers], [x.r for x in layers]) or []
             reports = [

@@ -299,7 +299,7 @@ def _drift(
         adapter=str(stage / ADAPTER),
         dtype=str(dtype).removeprefix("torch."),
     )
-    if start_note(reports, stream.residual_kind) is None:
+    if start_note(reports, stream.method.kind) is None:
         _check_drift(drift, dtype, stage)
     return drift
 
@@ -315,7 +315,7 @@ def _check_drift(drift: float | None, dtype: torch.dtype, stage: Path) -> None:
 
 def _notes(method: Method, with_residual: bool, reports: Sequence[LayerReport]) -> list[str]:
     if not method.residual:
-        note = start_note(reports, None)
+        note = start_note(reports, method.kind)
         return [note] if note else []
     return [WEIGHT_DECAY_NOTE] if with_residual else [_NO_RESIDUAL_NOTE, WEIGHT_DECAY_NOTE]
 
@@ -346,7 +346,7 @@ def _write_adapter(stream: Stream, files: Mapping[str, str], original: str) -> l
     """Write the step-0 adapter from the finished layers; returns their reports."""
     finished = [stream.finished(i) for i in range(len(stream.layers))]
     stored, reports = [factors for factors, _ in finished], [report for _, report in finished]
-    judge(reports, stream.layers, stream.residual_kind)
+    judge(reports, stream.layers, stream.method.kind)
     directory = stream.journal.outputs / ADAPTER
     for name, text in files.items():
         write_atomically(directory / name, text.encode())

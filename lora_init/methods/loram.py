@@ -19,7 +19,7 @@ from lora_init.parallel import map_layers
 @register
 @dataclass(frozen=True)
 class LoraM(Method):
-    """LoRAM: r columns of the sine transforms, scaled by W's variance; the base becomes R.
+    """LoRAM: r columns of sine transforms, sized by W's variance; the base becomes the residual.
 
     Φ_m[i, j] = √(2/(m+1))·sin((i+1)(j+1)π/(m+1)) for j < r, A = βΦ_inᵀ, B = βΦ_out, with
     β⁴ = log_{min(out, in)}(r)·Var(W)/Var(Φ_outΦ_inᵀ): arXiv 2507.06558. Draws nothing.

@@ -20,11 +20,11 @@ from lora_init.solve.dense import wide
 @register
 @dataclass(frozen=True)
 class OLora(Method):
-    """OLoRA: W = QR, B = the first r columns of Q, A = the first r rows of R; the base becomes R.
+    """OLoRA: W = QR, B = the first r columns of Q, A = BᵀW; the base becomes the residual.
 
-    Büyükakyüz, arXiv 2406.01775. The diagonal of R is made ≥ 0, which fixes all signs (LAPACK, and
-    so PEFT, leaves them as they come; B·A is the same). The first r columns of W have those of Q,
-    and R[:r] = Q[:, :r]ᵀ W: one read of W instead of a QR of it.
+    Büyükakyüz, arXiv 2406.01775; A is the first r rows of the triangle. Its diagonal is made ≥ 0,
+    which fixes all signs (LAPACK, and so PEFT, leaves them as they come; B·A is the same). The
+    first r columns of W have those of Q: one read of W instead of a QR of it.
     """
 
     name: ClassVar[str] = "olora"

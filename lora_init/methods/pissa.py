@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from lora_init.factors import Factors, LoraInitError
+from lora_init.factors import Factors
 from lora_init.methods import Layer, Method, Progress, energies, register
+from lora_init.options import check_positive
 from lora_init.solve import bottom, krylov
 from lora_init.solve.krylov import Truncation, truncate
 
@@ -36,8 +36,7 @@ class Pissa(Method):
     tol: float = 1e-4
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.tol, float | int) and 0 < self.tol < math.inf):
-            raise LoraInitError(f"pissa: tol must be a number > 0, got {self.tol!r}")
+        check_positive("pissa", "tol", self.tol)
 
     def peak_bytes(self, layer: Layer) -> int:
         return krylov.peak_bytes(layer.weight, layer.r)

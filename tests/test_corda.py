@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_init import Factors, LoraInitError, approximate
 from lora_init.methods import Layer, resolve_method
 from lora_init.statistics import Tokens
-from lora_init.testing import DTYPES, gaussian
+from lora_init.testing import DTYPES, gaussian, transposed
 from tests.calibrating import calls, collect_all
 
 SHAPES = {"33x65": (33, 65), "64x48": (64, 48), "17x130": (17, 130)}
@@ -91,6 +91,17 @@ def test_starts_at_the_weight_in_every_dtype(dtype: torch.dtype) -> None:
     found = solve(weight, data, scaling=2.0)
     start = found.residual(weight).double() + found.product().double()
     assert (start - weight.double()).abs().max() <= torch.finfo(dtype).eps * weight.abs().max()
+
+
+def test_bits_do_not_depend_on_a_weight_s_strides() -> None:
+    weight = gaussian(511, 333, torch.float64)
+    given = {"a.q": {"scaled_squares": torch.eye(333).double() + gaussian(333, 333).double() ** 2}}
+    one, other = (
+        approximate({"a.q": w}, 4, "corda", statistics=given, cache=False)["a.q"]
+        for w in (weight, transposed(weight))
+    )
+    assert torch.equal(one.A, other.A)
+    assert torch.equal(one.B, other.B)
 
 
 def test_scale_of_the_covariance_moves_size_from_a_to_b() -> None:

@@ -71,7 +71,7 @@ class Corda(Method):
 
     def _factors(self, layer: Layer) -> Factors:
         C, inverse, damping = _damped(layer)
-        U, S, V = dense.svd(layer.weight.to(torch.float64) @ C)
+        U, S, V = dense.svd(dense.wide(layer.weight, layer.weight.device) @ C)
         part = slice(layer.r) if self.mode == "ipm" else slice(len(S) - layer.r, None)
         U, S, V = U[:, part], S[part], V[:, part]
         size = dense.signs(U) * (S / layer.scaling).sqrt()

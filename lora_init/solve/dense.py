@@ -8,11 +8,11 @@ from torch import Tensor
 from lora_init.parallel import single_threaded
 
 
-def wide(matrix: Tensor) -> Tensor:
-    """A copy in fp64 on the CPU, row-major: the bits of a product depend on where its operands lie,
-    and on their strides.
+def wide(matrix: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """A copy in fp64 on a device, row-major: the bits of a product depend on where its operands
+    lie, and on their strides.
     """
-    return torch.empty(matrix.shape, dtype=torch.float64, device="cpu").copy_(matrix)
+    return torch.empty(matrix.shape, dtype=torch.float64, device=device).copy_(matrix)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

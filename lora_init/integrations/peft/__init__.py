@@ -31,6 +31,7 @@ from lora_init.integrations.peft.layers import (
     deferred_interrupt,
     initialisable_modules,
     lora_config,
+    lora_layers,
     on,
     pretrained,
     settle_ranks,
@@ -139,12 +140,15 @@ def initialize(
         }
         if calibration is not None:
             _refuse_shards(model)
+            _refuse_merged(model)
             if chosen.needs == "training" and job.size > 1:
                 raise LoraInitError(
                     f"{chosen.name} trains all layers together, which ranks do not share: pass "
                     "distributed=False on each"
                 )
-            call["the content of the calibration batches"] = calibration.digest
+            if job.size > 1:
+                call["the content of the calibration batches"] = calibration.digest
+                call["the calibration's token_mask"] = calibration.token_mask
         return chosen, kind, adapter, modules, call | describe(job, modules, adapter)
 
     with ranks(distributed) as job:
@@ -376,6 +380,15 @@ def _refuse_shards(model: nn.Module) -> None:
             raise LoraInitError(
                 f"{name} is sharded over ranks, and data can run through whole models only: "
                 "initialise before fully_shard, or before DeepSpeed ZeRO-3 partitions the model"
+            )
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    for name, module in lora_layers(model).items():
+        if module.merged:  # PEFT would take it off in the first batch
+            raise LoraInitError(
+                f"{name}: adapter {', '.join(module.merged_adapters)} is merged into its base, "
+                "which data runs through: call unmerge_adapter() first"
             )
 
 

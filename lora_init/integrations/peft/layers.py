@@ -311,7 +311,8 @@ def _resize(module: LoraLinear, adapter: str, r: int) -> None:
     A.out_features = B.in_features = r
     for linear in (A, B):
         old, shape = linear.weight, (linear.out_features, linear.in_features)
-        linear.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+        with torch.inference_mode(False):  # one that was made in it gets no gradient
+            linear.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
 
 
 def settle_ranks(model: PeftModel, adapter: str, modules: Mapping[str, LoraLinear]) -> None:

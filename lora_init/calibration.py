@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
@@ -33,7 +34,8 @@ class Calibration:
             every method that is given this object, sees the same ones in the same order.
         loss_fn: (model, batch on the model's device) -> scalar loss; None takes the `loss` of the
             model's own output, as transformers' models have it where a batch has labels. The loss
-            is taken as the mean over the batch.
+            is taken as the mean over the batch. What it computes with beside the model gets
+            gradients, unless under `torch.no_grad()`.
         num_batches: how many batches are read at most.
         token_mask: which positions count as tokens where a method leaves that open: "attention",
             those that `attention_mask` keeps, or "labels", of these the ones that predict a label.
@@ -123,10 +125,20 @@ class Calibration:
 
     @cached_property
     def digest(self) -> str:
-        """Of the batches' content in their order."""
+        """Of the batches' content in their order.
+
+        Raises:
+            LoraInitError: of something in them it cannot be known.
+        """
         digest = hashlib.sha256()
-        for batch in self.batches:
-            digest.update(f"{_described(batch)}\n".encode())
+        for i, batch in enumerate(self.batches):
+            try:
+                digest.update(f"{_described(batch)}\n".encode())
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                raise LoraInitError(
+                    f"batch {i} holds what cannot be pickled, and so not be told from another's "
+                    f"({error}): leave it out, or pass cache=False"
+                ) from error
         return digest.hexdigest()
 
     def output(self, model: nn.Module, batch: Any) -> Any:
@@ -186,13 +198,14 @@ def token_mask(batch: Any, kind: TokenMask, where: str) -> Tensor | None:
     if not isinstance(batch, Mapping):
         return None
     attention, labels = batch.get("attention_mask"), batch.get("labels")
-    if attention is not None and attention.ndim != 2:
-        raise LoraInitError(
-            f"attention_mask must be (batch, tokens), got {tuple(attention.shape)} in {where}"
-        )
+    if attention is not None and not (isinstance(attention, Tensor) and attention.ndim == 2):
+        if kind == "all":
+            return None
+        got = tuple(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
+        raise LoraInitError(f"attention_mask must be (batch, tokens), got {got} in {where}")
     tokens = batch.get("input_ids") if attention is None else attention
     mask = None if attention is None else attention.ne(0)
-    if kind != "attention":
+    if kind in ("labels", "own_label"):
         if labels is not None and tokens is not None and labels.shape == tokens.shape:
             counts = labels.ne(_IGNORED_LABEL)
             if kind == "labels":
@@ -204,8 +217,9 @@ def token_mask(batch: Any, kind: TokenMask, where: str) -> Tensor | None:
                 '"attention"'
             )
     if mask is not None and not mask.any():
-        raise LoraInitError(f"{where} has no token that counts ({kind} mask): leave it out")
-    return mask
+        which = "attention" if kind == "all" else kind
+        raise LoraInitError(f"{where} has no token that counts ({which} mask): leave it out")
+    return None if kind == "all" else mask
 
 
 def moved(batch: Any, device: torch.device) -> Any:
@@ -215,16 +229,21 @@ def moved(batch: Any, device: torch.device) -> Any:
     return _mapped(batch, lambda tensor: tensor.detach().to(device, copy=True))
 
 
-def _mapped(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+def _mapped(
+    batch: Any,
+    function: Callable[[Tensor], Any],
+    other: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """A batch with what `function` makes of its tensors, and `other` of what holds none."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: _mapped(value, function) for key, value in batch.items()}
+        return {key: _mapped(value, function, other) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(value, function) for value in batch))
+        return type(batch)(*(_mapped(value, function, other) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_mapped(value, function) for value in batch)
-    return batch
+        return type(batch)(_mapped(value, function, other) for value in batch)
+    return other(batch)
 
 
 def _singles(batch: Any, index: int) -> Iterator[Any]:
@@ -245,8 +264,10 @@ def _row(index: int, tensor: Tensor) -> Tensor:
 
 
 def _described(batch: Any) -> Any:
-    """A batch by the digests of its tensors; what is no tensor by how it prints."""
-    return _mapped(batch, lambda tensor: weight_digest(tensor))
+    """A batch by the digests of its tensors, and the pickles of all else: how an array prints says
+    little of what it holds.
+    """
+    return _mapped(batch, weight_digest, pickle.dumps)
 
 
 def _loss_of(output: Any) -> Any:

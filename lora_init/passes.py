@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,9 +160,8 @@ class Run:
     def _one(self, unit: Any, gradients: bool) -> None:
         batch = moved(unit, self.source.device)
         kinds = {self._mask_of(s) for statistics in self.active.values() for s in statistics}
-        self.masks = {
-            kind: token_mask(batch, kind, self.where) for kind in sorted({*kinds, "attention"})
-        }
+        kinds |= {self._checked(name) for name in self.active}
+        self.masks = {kind: token_mask(batch, kind, self.where) for kind in sorted(kinds)}
         self.peaks, self.forward = [], True
         try:
             with torch.set_grad_enabled(gradients):
@@ -187,27 +186,28 @@ class Run:
     def _seen(self, name: str, x: Tensor) -> None:
         if not self.forward:
             return
-        rows = x.detach().reshape(-1, x.shape[-1])
         if x is not self.input or version_of(x) != self.version:
             self.input, self.version, self.fresh = x, version_of(x), {}
             self.inputs += 1
-            peaks = torch.linalg.vector_norm(rows, math.inf, dim=1)
-            counted = peaks.where(self._valid(name, "attention", rows), 0)
-            self.peaks.append((f"{name}: its input", counted.amax()))
+            peaks = torch.linalg.vector_norm(x, math.inf, dim=-1).flatten()
+            counted = peaks.where(self._valid(name, self._checked(name), x), 0)
+            if len(counted):  # an expert may be given no token
+                self.peaks.append((f"{name}: its input", counted.amax()))
         for statistic in self.active[name]:
             if not statistic.gradients:
-                self._add(name, statistic, rows, None)
+                self._add(name, statistic, x.detach(), None)
 
     @torch.no_grad()
     def _seen_backward(self, name: str, x: Tensor, dy: Tensor) -> None:
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        peak = torch.linalg.vector_norm(dy, math.inf)
-        self.peaks.append((f"{name}: the gradient by its output", peak))
+        if dy.numel():
+            peak = torch.linalg.vector_norm(dy, math.inf)
+            self.peaks.append((f"{name}: the gradient by its output", peak))
         for statistic in self.active[name]:
             if statistic.gradients:
                 self._add(name, statistic, x, dy)
 
     def _add(self, name: str, statistic: Statistic, x: Tensor, dy: Tensor | None) -> None:
+        """Of one call: x (..., in) and dy (..., out)."""
         layer = self.layers[name]
         total = self.sums.get((name, statistic))
         if total is None:
@@ -224,7 +224,9 @@ class Run:
             raise Apart
         device = layer.weight.device
         valid = self._valid(name, self._mask_of(statistic), x)
-        tokens = Tokens(x.to(device), None if dy is None else dy.to(device), valid.to(device))
+        x = x.reshape(-1, x.shape[-1]).to(device)
+        dy = None if dy is None else dy.reshape(-1, dy.shape[-1]).to(device)
+        tokens = Tokens(x, dy, valid.to(device))
         # fp32 products are not for autocast to round.
         with torch.autocast(device.type, enabled=False):
             statistic.add(layer, total.state, tokens)
@@ -243,17 +245,24 @@ class Run:
     def _mask_of(self, statistic: Statistic) -> TokenMask:
         return statistic.mask or self.calibration.token_mask
 
-    def _valid(self, name: str, kind: TokenMask, rows: Tensor) -> Tensor:
-        mask = self.masks[kind]
+    def _checked(self, name: str) -> TokenMask:
+        """Which rows of a layer's input must be finite: a gradient has a product with each."""
+        every = any(self._mask_of(statistic) == "all" for statistic in self.active[name])
+        return "all" if every else "attention"
+
+    def _valid(self, name: str, kind: TokenMask, x: Tensor) -> Tensor:
+        """Which rows of x (..., in) count, (rows,)."""
+        mask, shape = self.masks[kind], x.shape[:-1]
         if mask is None:
-            return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        if mask.numel() != len(rows):
+            return torch.ones(shape.numel(), dtype=torch.bool, device=x.device)
+        # Theirs, or all in one; (tokens, batch) has as many rows in another order.
+        if _plain(shape) not in (_plain(mask.shape), _plain([mask.numel()])):
             raise LoraInitError(
-                f"{name}: it was called with {len(rows)} rows in {self.where}, whose mask is "
-                f"{tuple(mask.shape)}, of {mask.numel()} positions: leave the layer out of "
-                "target_modules, or attention_mask out of the batches (all rows count then)"
+                f"{name}: its input is {tuple(x.shape)} in {self.where}, whose mask is "
+                f"{tuple(mask.shape)}: leave the layer out of target_modules, or attention_mask "
+                "out of the batches (all rows count then)"
             )
-        return mask.flatten().to(rows.device)
+        return mask.flatten().to(x.device)
 
     def _next_pass(self, active: Wanted) -> None:
         for statistic, total in self._distinct(active):
@@ -286,3 +295,8 @@ class Run:
     def _distinct(self, keys: Wanted) -> list[tuple[Statistic, _Sum]]:
         found = {id(self.sums[key]): (key[1], self.sums[key]) for key in keys}
         return list(found.values())
+
+
+def _plain(shape: Sequence[int]) -> list[int]:
+    """Without what is 1."""
+    return [size for size in shape if size != 1]

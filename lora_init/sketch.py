@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_init.ops.dual_project import dual_project, product_dtype
 from lora_init.parallel import single_threaded
-from lora_init.statistics import State, Statistic, Tokens, check_finite, dy_of, zeros
+from lora_init.statistics import State, Statistic, TokenMask, Tokens, check_finite, dy_of, zeros
 
 if TYPE_CHECKING:
     from lora_init.methods import Layer
@@ -42,6 +42,7 @@ class GradientSketch(Statistic):
     # (out, width), (width,) largest first, (in, width).
     keys: ClassVar[tuple[str, ...]] = ("gradient_U", "gradient_S", "gradient_V")
     gradients: ClassVar[bool] = True
+    mask: ClassVar[TokenMask | None] = "all"  # the loss says what counts
 
     width: int
     passes: int = 2

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 State = dict[str, Tensor]
 
-TokenMask = Literal["attention", "labels", "own_label"]
-"""Which positions count as tokens: those that the attention mask keeps; of these the ones that
-predict a label (the *next* position's is not −100); or the ones whose own label is not −100.
+TokenMask = Literal["all", "attention", "labels", "own_label"]
+"""Which positions count as tokens: all of them; those that the attention mask keeps; of these the
+ones that predict a label (the *next* position's is not −100); or the ones whose own label is not
+−100.
 """
 
 
@@ -36,8 +37,7 @@ class Tokens:
     Attributes:
         x: its input (n, in), in the model's dtype.
         dy: the loss' gradient by its output (n, out), or None where nothing asks for gradients.
-        valid: (n,) bool, the rows that count as tokens (padding is left out); `dy` of the others is
-            part of a gradient all the same.
+        valid: (n,) bool, the rows that count as tokens (padding is left out, but for "all").
     """
 
     x: Tensor
@@ -231,6 +231,7 @@ class Gradient(Statistic):
     name: ClassVar[str] = "gradient"
     keys: ClassVar[tuple[str, ...]] = ("gradient",)
     gradients: ClassVar[bool] = True
+    mask: ClassVar[TokenMask | None] = "all"  # the loss says what counts
 
     def state_bytes(self, layer: Layer) -> int:
         return product_dtype(layer.weight).itemsize * layer.weight.numel()

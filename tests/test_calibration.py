@@ -26,6 +26,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -312,6 +314,64 @@ def test_covariances_are_over_the_tokens_that_count(mask, padding):
     one = found["model.layers.1.mlp.down_proj"]
     assert np.allclose(one["input_mean"], rows.mean(0), atol=1e-14)
     assert np.allclose(one["input_covariance"], np.cov(rows.T, bias=True), atol=1e-14)
+
+
+def test_gradients_need_no_mask_for_a_decoder_that_has_other_tokens():
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, vocab_size=61,
+        decoder_start_token_id=0, initializer_factor=3.0,
+    )  # fmt: skip
+    base = T5ForConditionalGeneration(config).double().eval()
+    data = [batch | {"labels": batch["labels"][:, :5].contiguous()} for batch in batches()]
+    model = adapted(copy.deepcopy(base), ["q", "v"])
+    found = collected(model, data, Gradient())
+    assert len(found) == 12
+    for name, G in gradients(base, data, list(found)).items():
+        assert relative(found[name]["gradient"], G) < 1e-12, name
+    with pytest.raises(LoraInitError, match=r"decoder.*Attention\.q: its input is \(3, 5, 24\)"):
+        collected(model, data, PrincipalComponents(4))
+
+
+def test_gradients_need_no_mask_of_two_dimensions():
+    base, whole = llama(), batches(padding="left")
+    lower = torch.ones(7, 7, dtype=torch.bool).tril()
+    data = [batch | {"attention_mask": lower.expand(3, 1, 7, 7)} for batch in whole]
+    found = collected(adapted(copy.deepcopy(base)), data, Gradient())
+    unmasked = [{k: v for k, v in batch.items() if k != "attention_mask"} for batch in whole]
+    for name, G in gradients(base, unmasked, list(found)).items():
+        assert relative(found[name]["gradient"], G) < 1e-12, name
+
+
+class Experts(nn.Module):
+    """Even tokens go to one layer and odd ones to another, which may get none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed = nn.Embedding(61, 8)
+        self.even, self.odd = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, odd = self.embed(tokens), tokens % 2 == 1
+        return torch.cat([self.even(x[~odd]), self.odd(x[odd])])
+
+
+def test_a_call_without_tokens_adds_nothing():
+    data = [torch.tensor([2, 4, 6]), torch.tensor([1, 3, 8])]
+    model = adapted(Experts().double(), ["even", "odd"])
+    wanted = (Gradient(), GradientSketch(4), PrincipalComponents(4))
+
+    def loss_fn(model: nn.Module, tokens: Tensor) -> Tensor:
+        return model(tokens).square().mean()
+
+    found = collected(model, data, *wanted, loss_fn=loss_fn)
+    base = Experts().double()
+    weights = [base.even.weight, base.odd.weight]
+    loss = sum(loss_fn(base, tokens) for tokens in data) / 2
+    for name, G in zip(["even", "odd"], torch.autograd.grad(loss, weights), strict=True):
+        assert relative(found[name]["gradient"], G) < 1e-12, name
+    assert all(found["odd"]["components"].isfinite().flatten())
 
 
 def test_examples_one_by_one_have_each_their_own_loss():
@@ -630,12 +690,42 @@ def halved(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_model_data_or_loss_is_collected_anew(runs, change):
-    collected(adapted(llama(), ["q_proj"]), batches(), Gradient(), cache="auto")
+    wanted = Covariance() if change == "mask" else Gradient()
+    collected(adapted(llama(), ["q_proj"]), batches(), wanted, cache="auto")
     base, data, options = CHANGES[change]()
-    collected(adapted(base, ["q_proj"]), data, Gradient(), cache="auto", **options)
+    collected(adapted(base, ["q_proj"]), data, wanted, cache="auto", **options)
     assert len(runs) == 2
-    collected(adapted(base, ["q_proj"], r=1), data, Gradient(), cache="auto", **options)
+    collected(adapted(base, ["q_proj"], r=1), data, wanted, cache="auto", **options)
     assert len(runs) == 2
+
+
+class Described:
+    """Prints alike whatever it holds, as graphs' batches do."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return "Described()"
+
+
+def test_data_that_prints_alike_is_told_apart():
+    def digest(batch: Any) -> str:
+        return Calibration([batch]).digest
+
+    one, other = np.zeros(5000), np.eye(1, 5000, 2500)[0]
+    assert str(one) == str(other)
+    assert digest((one, "a")) == digest((one.copy(), "a"))
+    assert digest((one, "a")) != digest((other, "a"))
+    assert digest({"graph": Described(1)}) != digest({"graph": Described(2)})
+    assert digest({"x": TOKENS, "n": 1}) != digest({"x": TOKENS, "n": True})
+    with pytest.raises(LoraInitError, match=r"batch 0 holds what cannot be pickled.*cache=False"):
+        digest({"how": lambda: 1})
+    model = adapted(llama(torch.float32), ["q_proj"])
+    data = [batch | {"how": lambda: 1} for batch in batches()]
+    collected(
+        model, data, Gradient(), loss_fn=lambda model, batch: model(batch["input_ids"]).logits.sum()
+    )
 
 
 def test_a_loss_without_a_key_and_a_large_statistic_are_not_kept(runs, monkeypatch):
@@ -767,6 +857,21 @@ def test_the_model_is_left_as_it_was(wanted, error, disabled):
         assert after[what] == value, what
 
 
+def test_an_adapter_that_is_merged_elsewhere_is_refused_and_stays_merged():
+    model = get_peft_model(
+        llama(torch.float32), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="first"
+    )
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"]))
+    model.merge_adapter(["first"])
+    data = Calibration(batches(), cache=False)
+    with pytest.raises(LoraInitError, match=r"q_proj: adapter first is merged .*unmerge_adapter"):
+        lora_init.initialize(
+            model, "lora_ga", adapter_name="second", residual="virtual", calibration=data
+        )
+    merged = [m.merged for n, m in lora_layers(model).items() if n.endswith("q_proj")]
+    assert merged == [True] * 3
+
+
 def test_a_failed_initialisation_changes_nothing():
     model = unusual(False)
     before = everything(model)
@@ -846,12 +951,12 @@ REFUSED = {
     "no_label_that_counts": (
         with_batch(2, labels=NOTHING - 100),
         {"token_mask": "labels"},
-        r"batch 2 has no token that counts \(labels mask\)",
+        r"example 6 has no token that counts \(labels mask\)",
     ),
     "labels_of_sentences": (
         with_batch(0, labels=torch.zeros(3, dtype=torch.long)),
         {"token_mask": "labels"},
-        'token_mask="labels", but batch 0 has no labels of one for each token',
+        'token_mask="labels", but example 0 has no labels of one for each token',
     ),
     "no_labels": (
         with_batch(1, labels=None),
@@ -861,7 +966,7 @@ REFUSED = {
     "mask_of_four_dimensions": (
         with_batch(0, attention_mask=torch.ones(3, 1, 7, 7)),
         {},
-        r"attention_mask must be \(batch, tokens\), got \(3, 1, 7, 7\) in batch 0",
+        r"attention_mask must be \(batch, tokens\), got \(1, 1, 7, 7\) in example 0",
     ),
     "loss_of_several": (
         batches(),
@@ -892,7 +997,7 @@ REFUSED = {
 def test_bad_data_is_refused_and_the_model_untouched(data, options, message):
     model = adapted(llama(torch.float32))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    wanted = Asks((Gradient(), Covariance()))
+    wanted = Asks((Covariance(),) if "example" in message else (Gradient(), Covariance()))
     with pytest.raises(LoraInitError, match=message):
         lora_init.initialize(model, wanted, calibration=Calibration(data, **options))
     assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
@@ -934,13 +1039,29 @@ class Pooled(nn.Module):
 def test_a_layer_whose_rows_are_not_the_mask_s_is_named():
     data = [{"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}]
     model = adapted(Pooled(), ["dense", "pooler"])
-    message = (
-        r"pooler: it was called with 3 rows in batch 0, whose mask is \(3, 7\), of 21 positions"
-    )
+    message = r"pooler: its input is \(3, 4\) in batch 0, whose mask is \(3, 7\): leave the layer"
     with pytest.raises(LoraInitError, match=message):
         collected(model, data, PrincipalComponents(2))
     found = collected(model, [{"input_ids": TOKENS}], PrincipalComponents(2))
     assert found["pooler"]["components"].shape == (2, 4)
+
+
+class TokensFirst(nn.Module):
+    """A layer that sees (tokens, batch): as many rows as the mask has, in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.dense = nn.Embedding(61, 8), nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.dense(self.embed(input_ids).transpose(0, 1))
+
+
+def test_a_layer_whose_rows_lie_in_another_order_is_named():
+    data = [{"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}]
+    message = r"dense: its input is \(7, 3, 8\) in batch 0, whose mask is \(3, 7\)"
+    with pytest.raises(LoraInitError, match=message):
+        collected(adapted(TokensFirst(), ["dense"]), data, PrincipalComponents(2))
 
 
 def test_a_layer_that_the_data_does_not_reach_is_named():
@@ -1113,6 +1234,16 @@ def test_a_model_on_residuals_whose_layers_got_other_ranks_is_saved_and_resumed(
     again = get_peft_model(copy.deepcopy(base), copy.deepcopy(model.peft_config["default"]))
     lora_init.resume(again, tmp_path)
     assert torch.equal(again.eval()(tokens).logits, logits)
+
+
+def test_layers_of_other_ranks_train_when_inference_mode_was_on():
+    model = adapted(llama(torch.float32), ["q_proj"])
+    with torch.inference_mode():
+        lora_init.initialize(model, Redistributes((3, 2, 4)))
+    model.train()(**batches()[0]).loss.backward()
+    for module in lora_layers(model).values():
+        assert module.lora_A["default"].weight.grad.any()
+        assert module.lora_B["default"].weight.grad.any()
 
 
 def test_a_layer_that_loses_one_adapter_keeps_the_other():

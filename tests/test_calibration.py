@@ -1246,6 +1246,17 @@ def test_layers_of_other_ranks_train_when_inference_mode_was_on():
         assert module.lora_B["default"].weight.grad.any()
 
 
+def test_a_checkpoint_run_refuses_a_method_that_changes_ranks(tmp_path):
+    llama(torch.float32).save_pretrained(tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    message = r"v_proj: redistributes gives it rank 4, and a run writes .*lora_init\.initialize"
+    with pytest.raises(LoraInitError, match=message):
+        lora_init.initialize_checkpoint(
+            tmp_path / "model", tmp_path / "out", Redistributes((8, 4, 8, 8, 8, 8)), cache=False
+        )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_layer_that_loses_one_adapter_keeps_the_other():
     model = adapted(llama(torch.float32), ["q_proj"])
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

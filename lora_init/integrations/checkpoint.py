@@ -261,7 +261,7 @@ def _solve(
     began = time.perf_counter()
     stream.survey()
     surveyed = time.perf_counter()
-    resolved = journal.together(lambda: method.resolve(stream.layers))
+    resolved = journal.together(lambda: _resolved(stream))
     shares = stream.shares(layers)
     groups = stream.groups(shares[team.rank])
     with ShardWriter(stream, directory, missing, shares) as writer:
@@ -274,6 +274,18 @@ def _solve(
         "survey_seconds": surveyed - began,
         "solve_seconds": time.perf_counter() - surveyed,
     }
+
+
+def _resolved(stream: Stream) -> list[dict[str, Any]]:
+    """Every layer's of `method.resolve`, none of which changes a rank."""
+    resolved = stream.method.resolve(stream.layers)
+    for layer, options in zip(stream.layers, resolved, strict=True):
+        if options.get("r", layer.r) != layer.r:
+            raise LoraInitError(
+                f"{layer.name}: {stream.method.name} gives it rank {options['r']}, and a run "
+                "writes one rank for all layers: call lora_init.initialize on a PEFT model"
+            )
+    return resolved
 
 
 def _drift(

@@ -41,8 +41,9 @@ _STEPS = 20
 _CASES = (*SHAPES.values(), (600, 1100, 16))
 # (rows, out, in, r) of `lora_linear`: no multiple of a tile, and several tiles that TMA can read.
 _CALLS = ((70, 150, 201, 3), (300, 264, 520, 16))
-# Of the call with a virtual start: rows, out and in from above with the rank from above, so that of
-# all Triton kernels the two products alone are compiled once more, for the halves that cancel.
+# Of the calls with a virtual start: rows, out and in from above with the rank from above, so that
+# of all Triton kernels the two products alone are compiled once more, for the halves that cancel,
+# and again for those of fp32 factors, which are PEFT's beside a 16-bit base.
 _STARTED = (300, 264, 520, 3)
 _verdicts: dict[tuple[str, torch.device], Verdict] = {}
 
@@ -183,7 +184,10 @@ def _test_lora_linear(one: Backend, device: torch.device) -> str | None:
         (_call(sizes, dtype, low), sizes[-1], p)
         for (dtype, low), sizes, p in product(dtypes, _CALLS, (0.0, 0.25))
     ]
-    calls.append((_call(_STARTED, torch.bfloat16, torch.bfloat16, start=True), _STARTED[-1], 0.0))
+    calls += [
+        (_call(_STARTED, torch.bfloat16, low, start=True), _STARTED[-1], 0.0)
+        for low in (torch.bfloat16, torch.float32)
+    ]
     for drawn, trained, p in calls:
         operands = [tensor.to(device) for tensor in drawn]
         if one.why_unsupported("lora_linear", *operands[:4]) is None:

@@ -32,8 +32,8 @@ class LoftQ(Method):
     Q + s·B·A ≈ W for any s. The SVD is block Krylov iteration to `tol`, as for `pissa`.
 
     The base gets Q's values in W's dtype: it must be saved with the adapter, and a copy of it that
-    is loaded in the same quantisation is the same base. bitsandbytes quantises (the extra `qlora`).
-    Never cached.
+    is loaded in the same quantisation is the same base, to the rounding of W's dtype. bitsandbytes
+    quantises (the extra `qlora`). Never cached.
 
     Options:
         quantization: "nf4", in blocks of 64 without double quantisation, or "int8", by rows; as

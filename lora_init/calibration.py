@@ -39,8 +39,8 @@ class Calibration:
         num_batches: how many batches are read at most.
         token_mask: which positions count as tokens where a method leaves that open: "attention",
             those that `attention_mask` keeps, or "labels", of these the ones that predict a label.
-        cache: of what was collected, on disk: True, False, a directory, or "auto" (on if it takes
-            at most 1 GiB).
+        cache: of what was collected, on disk: True, False, a directory, or "auto" (what takes at
+            most 32 MiB of a layer).
         checkpointing: compute activations again in the backward pass instead of keeping them, one
             repeated block of the model at a time. "auto" does so where a batch does not fit the
             GPU's memory without.

@@ -2,6 +2,7 @@
 rates that are climbed on, verdicts, and the data sets that only they use.
 """
 
+import dataclasses
 import gzip
 import io
 import json
@@ -290,6 +291,15 @@ def test_evaluate_is_the_mean_over_tokens_and_over_sentences():
         else:
             right = guesses == rows.labels
         assert accuracy == pytest.approx(float(right.double().mean()))
+
+
+def test_the_learning_rate_rises_and_falls():
+    task = dataclasses.replace(tiny_llama(), steps=5, warmup=2)
+    shares = [lm.learning_rate_share(task, step) for step in range(5)]
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])
+    task = dataclasses.replace(task, warmup=0)
+    shares = [lm.learning_rate_share(task, step) for step in range(5)]
+    assert shares == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
 
 
 def results_of(path, losses: dict[str, dict[float, list[float]]]) -> Table:

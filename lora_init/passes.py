@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ class Run:
         self.forward = False  # not where an activation checkpoint runs it again
         self.masks: dict[TokenMask, Tensor | None] = {}
         self.peaks: list[tuple[str, Tensor]] = []
+        self.narrow: str | None = None  # a layer whose gradients came in float16
         # The tensor that came last, its version and number, and the sums that it was added to.
         self.input: Tensor | None = None
         self.version: int | None = None
@@ -140,6 +142,12 @@ class Run:
                         self._one(unit, gradients)
                         bar.update(1)
                 self._check_all_seen(active)
+        if self.narrow:
+            warnings.warn(
+                f"{self.narrow}: gradients came in float16, where small ones underflow (up to a "
+                "quarter of a layer's was lost on SmolLM2): run the model in bfloat16 or float32",
+                stacklevel=2,
+            )
         return self._finished(wanted)
 
     @contextmanager
@@ -202,6 +210,8 @@ class Run:
         if dy.numel():
             peak = torch.linalg.vector_norm(dy, math.inf)
             self.peaks.append((f"{name}: the gradient by its output", peak))
+        if dy.dtype == torch.float16:
+            self.narrow = self.narrow or name
         for statistic in self.active[name]:
             if statistic.gradients:
                 self._add(name, statistic, x, dy)

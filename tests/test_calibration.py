@@ -396,6 +396,12 @@ def test_bf16_models_are_summed_in_fp32():
     assert max(relative(found[name]["gradient"], exact[name]) for name in found) < 0.1
 
 
+def test_gradients_in_fp16_are_warned_of():
+    base, data = llama(torch.float16), batches()
+    with pytest.warns(UserWarning, match="layers.2.mlp.down_proj: gradients came in float16"):
+        collected(adapted(base), data, Gradient())
+
+
 # -- memory ---------------------------------------------------------------------------------------
 
 

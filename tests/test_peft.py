@@ -461,7 +461,7 @@ def test_twice_is_refused():
             "a peft.PeftModel is needed, got Llama",
         ),
         (lambda m: lora_init.initialize(m, adapter_name="nope"), "no adapter 'nope'.* default"),
-        (lambda m: lora_init.initialize(m, "nope"), "unknown method 'nope'; choose one of .*inilora"),
+        (lambda m: lora_init.initialize(m, "nope"), "unknown method 'nope'; choose .*inilora"),
         (lambda m: lora_init.initialize(m, stepps=3), "inilora has no option 'stepps'.*steps"),
         (lambda m: lora_init.initialize(m, steps=-1), "steps must be a whole number ≥ 0, got -1"),
     ],

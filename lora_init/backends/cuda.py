@@ -49,7 +49,18 @@ def why_unsupported(op: str, *args: Any) -> str | None:
         "descend": _why_not_descend,
         "lora_linear": _why_not_lora_linear,
     }
-    return why_not[op](*args)
+    return why_not[op](*args) or _why_not_captured(op, *args)
+
+
+def _why_not_captured(op: str, *args: Any) -> str | None:
+    """A captured copy would be made again, at every replay, from host memory that is gone."""
+    needs_table = op == "descend" or (op == "dual_project" and len(args[0]) > 1)
+    if needs_table and args[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return (
+            "a CUDA graph cannot keep the table of its matrices: capture dual_project of one matrix"
+            " a call, and descend not at all (it is one launch for many steps)"
+        )
+    return None
 
 
 def why_not_auto(op: str, *args: Any) -> str | None:

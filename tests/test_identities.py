@@ -37,7 +37,15 @@ ASIDE = {"init_ab_plus", "loftq", "lora_da", "lora_one", "lora_sb", "nlora"}
 METHODS = [name for name in methods() if name != "loftq" or find_spec("bitsandbytes")]
 OPTIONS = {"inilora": {"steps": 20, "init": "normal"}}
 # What their ranks must be divided by, multiplied by to fit into min(out, in), and be at least.
-RANKS = {"orthogonal": (2, 1, 2), "lora_ga": (1, 2, 1), "loram": (1, 1, 2)}
+# The last singular values of a gradient, or of what was trained, are what the data makes them, down
+# to none.
+RANKS = {
+    "hrp": (1, 2, 1),
+    "orthogonal": (2, 1, 2),
+    "lora_ga": (1, 3, 1),
+    "lora_one": (1, 2, 1),
+    "loram": (1, 1, 2),
+}
 FROM_THE_WEIGHT = [name for name in METHODS if methods()[name].needs == "nothing"]
 
 

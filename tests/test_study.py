@@ -2,7 +2,6 @@
 rates that are climbed on, verdicts, and the data sets that only they use.
 """
 
-import dataclasses
 import gzip
 import io
 import json
@@ -293,15 +292,6 @@ def test_evaluate_is_the_mean_over_tokens_and_over_sentences():
         assert accuracy == pytest.approx(float(right.double().mean()))
 
 
-def test_the_learning_rate_rises_and_falls():
-    task = dataclasses.replace(tiny_llama(), steps=5, warmup=2)
-    shares = [lm.learning_rate_share(task, step) for step in range(5)]
-    assert shares == pytest.approx([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])
-    task = dataclasses.replace(task, warmup=0)
-    shares = [lm.learning_rate_share(task, step) for step in range(5)]
-    assert shares == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
-
-
 def results_of(path, losses: dict[str, dict[float, list[float]]]) -> Table:
     """A table with these validation losses by method, lr and seed; test scores follow them."""
     results = lm.table(path)
@@ -337,6 +327,19 @@ def results_of(path, losses: dict[str, dict[float, list[float]]]) -> Table:
 )
 def test_the_ladder_is_climbed_while_the_best_is_at_an_end(tmp_path, by_lr, expected):
     assert lm.further_lr(results_of(tmp_path / "t.csv", {"lora": by_lr}), "lora") == expected
+
+
+def test_a_learning_rate_of_fewer_seeds_is_not_the_best(tmp_path):
+    results = results_of(tmp_path / "t.csv", {"lora": {1e-3: [0.5, 0.5], 3e-3: [0.4], 1e-2: [0.6]}})
+    assert lm.best_lr(results, "lora") == 1e-3
+
+
+def test_a_table_of_shorter_runs_is_refused(tmp_path):
+    task = tiny_llama()
+    results = results_of(tmp_path / "t.csv", {"lora": {1e-3: [0.5]}})
+    results.rows[0]["step"] = task.steps - 1
+    with pytest.raises(ValueError, match=r"has runs of \[7\] steps.*move it away"):
+        lm.run(results, task, ["lora"], seeds=[0])
 
 
 def test_a_methods_best_lr_is_found_by_running_further_rungs(tmp_path):

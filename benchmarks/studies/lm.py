@@ -3,9 +3,8 @@
 SmolLM2-135M (q_proj, v_proj) goes on pretraining on the first tokens of reviews; MiniLM (query,
 value, and a new classification head) learns whether a sentence likes its film. Every method gets
 the same examples in the same order and the same number of steps of AdamW (no weight decay; lr falls
-linearly to 0, after a warm-up for MiniLM) at each learning rate of a ladder, which is climbed on,
-either way, while a method's best by validation loss is its first or last. Test figures are read at
-that best only.
+linearly to 0) at each learning rate of a ladder, which is climbed on, either way, while a method's
+best by validation loss is its first or last. Test figures are read at that best only.
 
 The rank is 8 and s = 1, but for lora_one and lora_da, whose authors use rsLoRA with α = 16. Data
 for methods that start from it are the first training examples, as many as their authors take. The
@@ -112,7 +111,6 @@ class Task:
         head: modules that are trained beside them, drawn anew from each seed.
         batch, steps: of training.
         lrs: where on the ladder every method starts.
-        warmup: steps in which lr rises to its value, before it falls.
         head_lr: of the head.
     """
 
@@ -124,7 +122,6 @@ class Task:
     batch: int
     steps: int
     lrs: Sequence[float]
-    warmup: int = 0
     head: Sequence[str] = ()
     head_lr: float = 0.0
 
@@ -173,9 +170,8 @@ def minilm() -> Task:
         ("query", "value"),
         *_splits(examples, (4000, 256, 512)),
         batch=8,
-        steps=120,
-        lrs=(3e-4, 1e-3, 3e-3, 1e-2),
-        warmup=12,
+        steps=60,
+        lrs=(1e-3, 3e-3, 1e-2, 3e-2),
         head=("classifier",),
         head_lr=1e-2,
     )
@@ -199,7 +195,16 @@ def table(path: Path) -> Table:
 def run(results: Table, task: Task, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Complete `results`: rows of each run are its training loss every few steps, and in the last
     one validation and test loss (mean over tokens or sentences) and accuracy at the end.
+
+    Raises:
+        ValueError: there are runs of another length.
     """
+    lengths = {row["step"] for row in finals(results) if row["method"] != "none"}
+    if lengths - {task.steps}:
+        raise ValueError(
+            f"{results.path} has runs of {sorted(lengths)} steps, and they are to be of "
+            f"{task.steps}: move it away"
+        )
     for seed in seeds:
         for name in names:
             _run_lrs(results, task, name, seed, task.lrs)
@@ -212,11 +217,14 @@ def run(results: Table, task: Task, names: Sequence[str], seeds: Sequence[int]) 
 
 
 def best_lr(results: Table, name: str) -> float:
-    """By mean validation loss; where it is not a number the method diverged."""
+    """By mean validation loss, of those that ran with the most seeds; where that is not a number,
+    the method diverged.
+    """
     losses: dict[float, list[float]] = {}
     for row in finals(results, method=name):
         losses.setdefault(row["lr"], []).append(row["val_loss"])
-    means = {lr: statistics.fmean(each) for lr, each in losses.items()}
+    most = max(map(len, losses.values()))
+    means = {lr: statistics.fmean(each) for lr, each in losses.items() if len(each) == most}
     return min(means, key=lambda lr: means[lr] if math.isfinite(means[lr]) else math.inf)
 
 
@@ -294,7 +302,7 @@ def _fine_tune(task: Task, model: PeftModel, order: Tensor, lr: float) -> Iterat
     row: Row = {"step": 0, "train_loss": math.nan}
     if groups:
         optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate_share, task))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / task.steps)
         for step, rows in enumerate(order[: task.batch * task.steps].split(task.batch), 1):
             loss = model(**task.train.batch(rows)).loss
             optimizer.zero_grad()
@@ -309,12 +317,6 @@ def _fine_tune(task: Task, model: PeftModel, order: Tensor, lr: float) -> Iterat
     for part, examples in (("val", task.validation), ("test", task.test)):
         row[f"{part}_loss"], row[f"{part}_accuracy"] = evaluate(model, examples)
     yield row
-
-
-def learning_rate_share(task: Task, step: int) -> float:
-    """Of the learning rate, in this step (from 0)."""
-    rise = (step + 1) / (task.warmup + 1)
-    return min(rise, (task.steps - step) / (task.steps - task.warmup))
 
 
 @torch.no_grad()

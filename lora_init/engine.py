@@ -20,6 +20,7 @@ from lora_init import selftest
 from lora_init.cache import Cache, CacheOption
 from lora_init.factors import Factors, LoraInitError, row_blocks
 from lora_init.methods import Layer, Method, Progress, energies, resolve_method
+from lora_init.options import check_rank
 from lora_init.parallel import map_layers, values
 
 # On the CPU a layer is solved by one thread: larger groups gain nothing.
@@ -271,12 +272,9 @@ def check_layers(layers: Sequence[Layer], method: Method) -> None:
             )
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise LoraInitError(f"{name}: r must be a whole number ≥ 1, got {r!r}")
-        if method.residual and r > min(weight.shape):
-            raise LoraInitError(
-                f"{name}: r = {r} exceeds min(out, in) = {min(weight.shape)}, beyond which B·A "
-                "gains nothing: lower "
-                f"r for this layer (rank_pattern)"
-            )
+        if method.residual:
+            why = "beyond which B·A gains nothing"
+            check_rank(name, r, min(weight.shape), "min(out, in)", why)
         scaling = layer.scaling
         if not isinstance(scaling, int | float) or not 0 < scaling < float("inf"):
             raise LoraInitError(

@@ -1,4 +1,4 @@
-"""Checks of a method's options: what is refused, in one wording."""
+"""Checks of a method's options and ranks: what is refused, in one wording."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def check_choice(method: str, option: str, value: object, choices: Sequence[str]
 def check_positive(method: str, option: str, value: object) -> None:
     """Raises `LoraInitError` unless the value is a finite number > 0."""
     require(method, option, value, is_number(value) and value > 0, "a number > 0")
+
+
+def check_rank(name: str, r: int, most: int, of: str, why: str) -> None:
+    """Raises `LoraInitError` if the rank of the layer `name` is above `most`, the size `of` it."""
+    if r > most:
+        raise LoraInitError(
+            f"{name}: r = {r} exceeds {of} = {most}, {why}: lower r for this layer (rank_pattern)"
+        )
 
 
 def is_count(value: object, least: int) -> bool:

@@ -10,7 +10,7 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -187,8 +187,22 @@ class Progress:
     def bar(self, total: int, unit: str) -> tqdm[Any]:
         return tqdm(total=total, unit=unit, desc=self.description, disable=self.disable)
 
+    def map_layers(
+        self, function: Callable[[Layer], T], layers: Sequence[Layer], cost: Callable[[Layer], int]
+    ) -> list[T]:
+        """`parallel.map_layers` with a bar over the layers."""
+        with self.bar(len(layers), "layer") as bar:
+
+            def one(layer: Layer) -> T:
+                found = function(layer)
+                bar.update(1)
+                return found
+
+            return map_layers(one, layers, cost)
+
 
 M = TypeVar("M", bound=type[Method])
+T = TypeVar("T")
 _REGISTRY: dict[str, type[Method]] = {}
 
 

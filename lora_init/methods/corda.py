@@ -13,7 +13,6 @@ from lora_init.draws import to_weight
 from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Needs, Progress, register
 from lora_init.options import check_choice
-from lora_init.parallel import map_layers, single_threaded
 from lora_init.solve import dense
 from lora_init.statistics import ScaledSquares, Statistic, collected
 
@@ -59,15 +58,7 @@ class Corda(Method):
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
-        with progress.bar(len(layers), "layer") as bar:
-
-            def one(layer: Layer) -> Factors:
-                with single_threaded():  # the bits of a factorisation depend on the threads
-                    factors = self._factors(layer)
-                bar.update(1)
-                return factors
-
-            return map_layers(one, layers, cost=lambda layer: layer.weight.numel())
+        return progress.map_layers(self._factors, layers, cost=lambda layer: layer.weight.numel())
 
     def _factors(self, layer: Layer) -> Factors:
         C, inverse, damping = _damped(layer)

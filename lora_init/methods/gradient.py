@@ -14,8 +14,7 @@ from torch import Tensor
 from lora_init.draws import to_weight
 from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Needs, Progress, register
-from lora_init.options import check_positive, is_count, require
-from lora_init.parallel import map_layers
+from lora_init.options import check_positive, check_rank, is_count, require
 from lora_init.sketch import GradientSketch, bucket
 from lora_init.solve import dense
 from lora_init.statistics import Gradient, Statistic, collected
@@ -34,14 +33,11 @@ class _FromGradient(Method):
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
-        with progress.bar(len(layers), "layer") as bar:
+        def one(layer: Layer) -> Factors:
+            A, B = self._factors(layer)
+            return Factors(to_weight(layer, A), to_weight(layer, B), layer.scaling)
 
-            def one(layer: Layer) -> Factors:
-                A, B = self._factors(layer)
-                bar.update(1)
-                return Factors(to_weight(layer, A), to_weight(layer, B), layer.scaling)
-
-            return map_layers(one, layers, cost=lambda layer: layer.weight.numel())
+        return progress.map_layers(one, layers, cost=lambda layer: layer.weight.numel())
 
     @abstractmethod
     def _factors(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -52,6 +48,7 @@ class _FromGradient(Method):
 class _FromSingularVectors(_FromGradient):
     exact_gradient: bool = False
     passes: int = 2
+    gamma: float = 16.0
 
     def __post_init__(self) -> None:
         require(
@@ -62,6 +59,7 @@ class _FromSingularVectors(_FromGradient):
             "True or False",
         )
         require(self.name, "passes", self.passes, is_count(self.passes, 1), "a whole number ≥ 1")
+        check_positive(self.name, "gamma", self.gamma)
 
     @abstractmethod
     def _needed(self, r: int) -> int:
@@ -129,12 +127,6 @@ class LoraGa(_FromSingularVectors):
     residual: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv 2407.05000"
 
-    gamma: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self.name, "gamma", self.gamma)
-
     def _needed(self, r: int) -> int:
         return 2 * r
 
@@ -166,10 +158,6 @@ class LoraOne(_FromSingularVectors):
     source: ClassVar[str] = "arXiv 2502.01235"
 
     gamma: float = 128.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self.name, "gamma", self.gamma)
 
     def _needed(self, r: int) -> int:
         return r
@@ -211,11 +199,8 @@ class LoraSb(_FromGradient):
         check_positive(self.name, "total_steps", self.total_steps)
 
     def statistics(self, layer: Layer) -> Sequence[Statistic]:
-        if layer.r > min(layer.weight.shape):
-            raise LoraInitError(
-                f"{layer.name}: r = {layer.r} exceeds min(out, in) = {min(layer.weight.shape)}, "
-                "beyond which there is nothing to start from: lower r for this layer (rank_pattern)"
-            )
+        most, why = min(layer.weight.shape), "beyond which there is nothing to start from"
+        check_rank(layer.name, layer.r, most, "min(out, in)", why)
         return [Gradient()]
 
     def peak_bytes(self, layer: Layer) -> int:

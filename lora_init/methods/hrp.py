@@ -14,7 +14,7 @@ from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Needs, Progress, register
 from lora_init.methods.lora import kaiming_uniform
 from lora_init.ops.dual_project import product_dtype
-from lora_init.options import is_count, require
+from lora_init.options import check_rank, is_count, require
 from lora_init.parallel import single_threaded
 from lora_init.solve import dense
 from lora_init.statistics import State, Statistic, collected
@@ -74,11 +74,8 @@ class Hrp(Method):
         require(self.name, "higher", self.higher, is_count(self.higher, 1), "a whole number ≥ 1")
 
     def statistics(self, layer: Layer) -> Sequence[Statistic]:
-        if layer.r > min(layer.weight.shape):
-            raise LoraInitError(
-                f"{layer.name}: r = {layer.r} exceeds min(out, in) = {min(layer.weight.shape)}, "
-                "beyond which a product has no directions: lower r for this layer (rank_pattern)"
-            )
+        most, why = min(layer.weight.shape), "beyond which a product has no directions"
+        check_rank(layer.name, layer.r, most, "min(out, in)", why)
         return [TrainedProduct(self.higher * layer.r)]
 
     def solve(

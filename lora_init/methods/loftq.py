@@ -15,7 +15,7 @@ from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Progress, register
 from lora_init.methods.pissa import split, truncate_layers
 from lora_init.ops.dual_project import product_dtype
-from lora_init.options import check_choice, check_positive, is_count, require
+from lora_init.options import check_choice, check_positive, check_rank, is_count, require
 from lora_init.parallel import map_layers
 from lora_init.solve import krylov
 
@@ -65,12 +65,8 @@ class LoftQ(Method):
                 "'lora-init[qlora]'"
             )
         for layer in layers:
-            if layer.r > min(layer.weight.shape):
-                raise LoraInitError(
-                    f"{layer.name}: r = {layer.r} exceeds min(out, in) = "
-                    f"{min(layer.weight.shape)}, the most that an SVD has: lower r for this layer "
-                    "(rank_pattern)"
-                )
+            most = min(layer.weight.shape)
+            check_rank(layer.name, layer.r, most, "min(out, in)", "the most that an SVD has")
         return super().resolve(layers)
 
     def peak_bytes(self, layer: Layer) -> int:

@@ -13,8 +13,7 @@ from torch import Tensor
 from lora_init.draws import to_weight
 from lora_init.factors import Factors, LoraInitError
 from lora_init.methods import Layer, Method, Needs, Progress, register
-from lora_init.options import check_positive, is_count, is_number, require
-from lora_init.parallel import map_layers, single_threaded
+from lora_init.options import check_positive, check_rank, is_count, is_number, require
 from lora_init.solve import dense
 from lora_init.statistics import (
     Covariance,
@@ -84,11 +83,8 @@ class LoraDa(Method):
         )
 
     def statistics(self, layer: Layer) -> Sequence[Statistic]:
-        if layer.r > layer.weight.shape[1]:
-            raise LoraInitError(
-                f"{layer.name}: r = {layer.r} exceeds in = {layer.weight.shape[1]}, and lora_da's "
-                "directions are of the inputs: lower r for this layer (rank_pattern)"
-            )
+        why = "and lora_da's directions are of the inputs"
+        check_rank(layer.name, layer.r, layer.weight.shape[1], "in", why)
         return [ExampleGradient(), OutputSquares(), Covariance()]
 
     def peak_bytes(self, layer: Layer) -> int:
@@ -100,15 +96,11 @@ class LoraDa(Method):
     def solve(
         self, layers: Sequence[Layer], resolved: Sequence[dict[str, Any]], progress: Progress
     ) -> list[Factors]:
-        with progress.bar(len(layers), "layer") as bar:
+        def one(layer: Layer) -> Factors:
+            A, B = self._factors(layer)
+            return Factors(to_weight(layer, A), to_weight(layer, B), layer.scaling)
 
-            def one(layer: Layer) -> Factors:
-                with single_threaded():  # the bits of a factorisation depend on the threads
-                    A, B = self._factors(layer)
-                bar.update(1)
-                return Factors(to_weight(layer, A), to_weight(layer, B), layer.scaling)
-
-            return map_layers(one, layers, cost=lambda layer: layer.weight.shape[1] ** 2)
+        return progress.map_layers(one, layers, cost=lambda layer: layer.weight.shape[1] ** 2)
 
     def _factors(self, layer: Layer) -> tuple[Tensor, Tensor]:
         out_features, in_features = layer.weight.shape

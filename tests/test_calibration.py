@@ -32,12 +32,13 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import lora_init
-from lora_init import Calibration, Factors, LoraInitError, collection
+from lora_init import Calibration, Factors, LoraInitError
 from lora_init.cache import Cache
-from lora_init.collection import Data
+from lora_init.calibration import collection
+from lora_init.calibration.collection import Data
+from lora_init.calibration.passes import Source
 from lora_init.integrations.peft.layers import base_tensors, base_values, lora_layers, pretrained
 from lora_init.methods import Layer, Method, Progress
-from lora_init.passes import Source
 from lora_init.sketch import GradientSketch
 from lora_init.statistics import (
     Covariance,

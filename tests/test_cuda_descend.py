@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_init import backend, backends, blocks, native
+from lora_init import backend, backends, native
 from lora_init.backends import cuda, reference
-from lora_init.blocks import Cut, Limits, Variant
+from lora_init.native import blocks
+from lora_init.native.blocks import Cut, Limits, Variant
 from lora_init.ops import descend as op
 from lora_init.ops.descend import DescentState, Optimizer
 from lora_init.testing import gaussian, misaligned, transposed

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lora_init import BackendError, backend, native
 from lora_init.backends import cuda
+from lora_init.native.projections import Form, Projection, projection_table
 from lora_init.ops.dual_project import dual_project
-from lora_init.projections import Form, Projection, projection_table
 from lora_init.testing import assert_accurate, gaussian, misaligned, product, transposed
 
 ROOT = Path(__file__).resolve().parents[1]

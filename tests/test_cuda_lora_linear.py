@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lora_init import BackendError, backend, backends, native
 from lora_init.backends import cuda, reference
+from lora_init.native.projections import Projection
 from lora_init.ops.lora_linear import lora_linear
-from lora_init.projections import Projection
 from lora_init.testing import assert_accurate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_init import blocks, native
-from lora_init.blocks import Cut, Limits, Variant
+from lora_init import native
+from lora_init.native import blocks
+from lora_init.native.blocks import Cut, Limits, Variant
+from lora_init.native.projections import RANKS, Form, Projection, projection_table
 from lora_init.ops.descend import DescentState
 from lora_init.ops.dual_project import Precision
 from lora_init.ops.philox import keep_mask, keep_rate
-from lora_init.projections import RANKS, Form, Projection, projection_table
 
 NAME = "cuda"
 PRIORITY = 20

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lora_init.cache import CacheOption
 from lora_init.calibration import Calibration
+from lora_init.calibration.collection import Data
+from lora_init.calibration.passes import Source
 from lora_init.checkpoints import Start, read_start
-from lora_init.collection import Data
 from lora_init.distributed import Ranks, ranks
 from lora_init.engine import GroupBytes
 from lora_init.factors import Factors, LoraInitError, Residual, weight_digest
@@ -49,7 +50,6 @@ from lora_init.integrations.peft.sharded import is_sharded, reshard
 from lora_init.integrations.peft.shares import ALIKE, Solved, describe, dropout, read, solve
 from lora_init.methods import Layer, Method, resolve_method
 from lora_init.parallel import map_layers
-from lora_init.passes import Source
 from lora_init.report import WEIGHT_DECAY_NOTE, Report, first_output, relative_drift, start_note
 from lora_init.staging import merged_into, move_into
 

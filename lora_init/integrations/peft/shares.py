@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_init import engine, selftest
 from lora_init.cache import CacheOption
-from lora_init.collection import Data
+from lora_init.calibration.collection import Data
 from lora_init.distributed import Ranks, alive
 from lora_init.factors import Factors, Residual, row_blocks
 from lora_init.integrations.peft.layers import LoraLinear, base_values, is_quantised, rescaled

@@ -1,6 +1,6 @@
 """A user's data, for methods that start from it: batches, their losses, and what counts as a token.
 
-What runs it through a model is `lora_init.collection`.
+What runs it through a model is `lora_init.calibration.collection`.
 """
 
 from __future__ import annotations

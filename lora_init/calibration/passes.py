@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from lora_init.cache import digest_of
 from lora_init.calibration import Calibration, moved, token_mask
+from lora_init.calibration.tap import as_found, recomputed, tapped, version_of
 from lora_init.factors import LoraInitError, weight_digest
 from lora_init.methods import Layer, Progress
 from lora_init.parallel import map_layers, values
 from lora_init.statistics import State, Statistic, TokenMask, Tokens
-from lora_init.tap import as_found, recomputed, tapped, version_of
 
 Wanted = list[tuple[str, Statistic]]
 Results = dict[tuple[str, Statistic], Mapping[str, Tensor]]

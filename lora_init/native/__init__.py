@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_INTERFACE = Path(__file__).resolve().parent.parent / "csrc" / "bindings.cpp"
+_INTERFACE = Path(__file__).resolve().parents[2] / "csrc" / "bindings.cpp"
 """There in a checkout, where sources can be newer than what was built of them."""
 
 

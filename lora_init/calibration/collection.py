@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lora_init.cache import Cache, digest_of, open_cache
 from lora_init.calibration import Calibration, moved
+from lora_init.calibration.passes import Apart, Results, Run, Source, Wanted
+from lora_init.calibration.tap import as_found, with_lora
 from lora_init.engine import group_limit, pack
 from lora_init.factors import LoraInitError
 from lora_init.methods import Layer, Method, Progress
-from lora_init.passes import Apart, Results, Run, Source, Wanted
 from lora_init.statistics import Statistic
-from lora_init.tap import as_found, with_lora
 
 # Of statistics' states at once on the CPU; a GPU's limit is half of what it has free.
 _CPU_BLOCK_BYTES = 4 << 30

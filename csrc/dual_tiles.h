@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LORA_INIT_HD __host__ __device__
-#else
-#define LORA_INIT_HD
-#endif
+#include "host_device.h"
 
 namespace lora_init {
 

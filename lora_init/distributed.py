@@ -92,8 +92,14 @@ class Ranks:
         except Exception as error:
             failure = error
         messages = self.gather(failure and (str(failure) or repr(failure)))
-        if failure:
-            raise failure
+        try:
+            if failure:
+                raise failure
+        finally:
+            # It holds this frame, which holds it: a cycle that would keep the group, with gloo's
+            # threads, until the interpreter ends, and one of these that lets go of a tensor then
+            # aborts the process.
+            del failure
         for rank, message in enumerate(messages):
             if message:
                 raise LoraInitError(f"rank {rank}: {message}")

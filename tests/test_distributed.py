@@ -1,13 +1,15 @@
 """`initialize` and `resume` in torch.distributed jobs: gloo on the CPU, real processes."""
 
 import copy
+import gc
 import importlib.util
 import multiprocessing
 import os
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -228,6 +230,27 @@ def plain_and_sharded() -> dict[str, Any]:
         model = shard(adapted())
         found[method, "fsdp2"] = losses(initialize(model, method)), whole_state(model)
     return found
+
+
+def test_a_failure_keeps_no_group_alive():
+    """Threads of one that lives until the interpreter ends can abort the process."""
+
+    class Group:
+        pass
+
+    def fail():
+        raise LoraInitError("a.q: no")
+
+    group = Group()
+    alive = weakref.ref(group)
+    gc.disable()
+    try:
+        with suppress(LoraInitError):
+            Ranks(group=group).together(fail)
+        del group
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -351,6 +351,15 @@ def test_a_methods_best_lr_is_found_by_running_further_rungs(tmp_path):
     assert all(row["seeds"] == 2 for row in verdicts.lm_rows(results))
 
 
+def test_further_seeds_run_the_whole_ladder_that_was_climbed(tmp_path):
+    results = lm.table(tmp_path / "t.csv")
+    lm.run(results, tiny_llama(), ["lora"], seeds=[0])
+    climbed = {row["lr"] for row in results.rows}
+    assert climbed > set(tiny_llama().lrs)
+    lm.run(results, tiny_llama(), ["lora"], seeds=[0, 1])
+    assert {row["lr"] for row in results.select(seed=1)} >= climbed
+
+
 def test_the_verdict_names_who_beats_lora_and_who_loses(tmp_path):
     results = results_of(
         tmp_path / "t.csv",

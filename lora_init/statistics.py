@@ -36,7 +36,8 @@ class Tokens:
 
     Attributes:
         x: its input (n, in), in the model's dtype.
-        dy: the loss' gradient by its output (n, out), or None where nothing asks for gradients.
+        dy: the loss' gradient by its output (n, out), or None where nothing asks for gradients; in
+            its dtype, or in fp32 where the model runs in fp16 (the loss is scaled then).
         valid: (n,) bool, the rows that count as tokens (padding is left out, but for "all").
     """
 

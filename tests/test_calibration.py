@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_init
 from lora_init import Calibration, Factors, LoraInitError
 from lora_init.cache import Cache
-from lora_init.calibration import collection
+from lora_init.calibration import collection, passes
 from lora_init.calibration.collection import Data
 from lora_init.calibration.passes import Source
 from lora_init.integrations.peft.layers import base_tensors, base_values, lora_layers, pretrained
@@ -397,10 +397,96 @@ def test_bf16_models_are_summed_in_fp32():
     assert max(relative(found[name]["gradient"], exact[name]) for name in found) < 0.1
 
 
-def test_gradients_in_fp16_are_warned_of():
+def times(factor: float) -> dict[str, Any]:
+    return {"loss_fn": lambda model, batch: model(**batch).loss * factor}
+
+
+# At 1e-5 most of an unscaled gradient underflows, and at 1e6 it overflows.
+@pytest.mark.parametrize("factor", [1e-5, 1.0, 1e3, 1e6])
+def test_fp16_gradients_of_any_size_are_as_exact_as_fp16(factor):
     base, data = llama(torch.float16), batches()
-    with pytest.warns(UserWarning, match="layers.2.mlp.down_proj: gradients came in float16"):
-        collected(adapted(base), data, Gradient())
+    exact = gradients(base, data, [name for name, m in base.named_modules() if name[-4:] == "proj"])
+    scale = max(float(G.abs().max()) for G in exact.values())
+    if factor == 1e-5:
+        assert scale * factor < torch.finfo(torch.float16).smallest_normal
+    found = collected(adapted(base), data, Gradient(), **times(factor))
+    assert {values["gradient"].dtype for values in found.values()} == {torch.float32}
+    for name, G in exact.items():
+        assert relative(found[name]["gradient"] / factor, G) < 0.02, name
+
+
+def scales(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What runs multiply their losses by, from now on."""
+    found: list[float] = []
+
+    class Run(passes.Run):
+        def __init__(self, *args: Any) -> None:
+            found.append(args[-1])
+            super().__init__(*args)
+
+    monkeypatch.setattr(collection, "Run", Run)
+    return found
+
+
+def test_the_scale_of_fp16_gradients_does_not_depend_on_what_is_collected_together(monkeypatch):
+    """Two layers' gradients differ by a factor: one overflows where the other does not."""
+    base, data, tried = llama(torch.float16), batches(), scales(monkeypatch)
+    for factor in (2.0**power for power in range(2, 10)):
+        last = set()
+        for targets in ("layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"):
+            model = adapted(copy.deepcopy(base), [targets])
+            collected(model, data, Gradient(), **times(factor))
+            last.add(tried[-1])
+        assert len(last) == 1, (factor, last)
+    assert len(set(tried)) > 2
+
+
+def test_a_layer_that_is_kept_in_fp32_gets_the_same_bits_alone():
+    """T5 keeps `wo` in fp32 in an fp16 model: its own gradients do not say that others are fp16."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    base = T5ForConditionalGeneration(config).half()
+    for name, module in base.named_modules():
+        if name.endswith(".wo"):
+            module.float()
+    ids = torch.randint(1, 50, (2, 6))
+    data = [{"input_ids": ids, "labels": ids.flip(1)}]
+    together = collected(adapted(copy.deepcopy(base), ["wo", "q"]), data, Gradient(), **times(1e-5))
+    alone = collected(adapted(copy.deepcopy(base), ["wo"]), data, Gradient(), **times(1e-5))
+    assert len(alone) == 4
+    for name, values in alone.items():
+        assert torch.equal(values["gradient"], together[name]["gradient"]), name
+
+
+def test_a_layer_that_runs_in_fp16_under_its_model_s_own_autocast_is_scaled_for():
+    """As accelerate wraps a model's forward for mixed precision: no parameter is fp16."""
+    base, data = llama(torch.float32), batches()
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            return model(**batch).loss * 1e-5
+
+    exact = gradients(base, data, [name for name, m in base.named_modules() if name[-4:] == "proj"])
+    found = collected(adapted(base), data, Gradient(), loss_fn=loss)
+    for name, G in exact.items():
+        assert relative(found[name]["gradient"] * 1e5, G) < 0.02, name
+
+
+def test_a_gradient_that_is_infinite_at_every_scale_is_refused():
+    base = llama(torch.float16)
+    model = adapted(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(**batch).logits.float()
+        return (logits - logits.detach()).abs().sqrt().sum()
+
+    with pytest.raises(LoraInitError, match=r"the gradient by its output has NaN or .* in batch 0"):
+        collected(model, batches(), Gradient(), loss_fn=loss)
+    assert all(torch.equal(before[n], value) for n, value in model.state_dict().items())
 
 
 # -- memory ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_init.cache import Cache, digest_of, open_cache
 from lora_init.calibration import Calibration, moved
-from lora_init.calibration.passes import Apart, Results, Run, Source, Wanted
+from lora_init.calibration.passes import Apart, Rescale, Results, Run, Source, Wanted, first_scale
 from lora_init.calibration.tap import as_found, with_lora
 from lora_init.engine import group_limit, pack
 from lora_init.factors import LoraInitError
@@ -29,7 +29,7 @@ _CPU_BLOCK_BYTES = 4 << 30
 # gradients and covariances of small ones.
 _CACHED_BYTES = 32 << 20
 # Part of every key: raise it when the same inputs would give other values.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +168,15 @@ class Data:
         calibration = self.calibration
         bars = Progress("calibration", self.progress)
         share, recompute, single = True, calibration.checkpointing is True, wanted[0][1].single
+        scale = first_scale(self.source.model)
         while True:
             try:
-                run = Run(self.source, layers, calibration, single, share, recompute)
+                run = Run(self.source, layers, calibration, single, share, recompute, scale)
                 return run.results(wanted, bars)
             except Apart:
                 share = False
+            except Rescale as other:
+                scale = other.scale
             except torch.OutOfMemoryError:
                 if recompute or calibration.checkpointing is False:
                     raise

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_init.cache import digest_of
 from lora_init.calibration import Calibration, moved, token_mask
-from lora_init.calibration.tap import as_found, recomputed, tapped, version_of
+from lora_init.calibration.tap import as_found, recomputed, tapped, version_of, watched
 from lora_init.factors import LoraInitError, weight_digest
 from lora_init.methods import Layer, Progress
 from lora_init.parallel import map_layers, values
@@ -76,6 +75,25 @@ class Apart(Exception):
     """Layers that were fed one tensor are fed different ones now: their sum is of no use."""
 
 
+class Rescale(Exception):
+    """Gradients underflow or overflow at this scale of the loss: `scale` is the one to try next."""
+
+    def __init__(self, scale: float):
+        super().__init__(scale)
+        self.scale = scale
+
+
+# What a loss is multiplied by where gradients are float16, whose small ones would underflow (up to
+# a quarter of a layer's on SmolLM2). A smaller one is for data that overflow at a larger. All are
+# powers of two, so that nothing else is rounded otherwise, and none is 1, which means unscaled.
+_SCALES = tuple(2.0**power for power in (15, 11, 7, 3, -1, -5))
+
+
+def first_scale(model: nn.Module) -> float:
+    """What to multiply the loss of a model by, as far as its parameters tell."""
+    return _SCALES[0] if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
+
+
 @dataclass
 class _Sum:
     """A statistic of one layer, or of several that are fed the same tensors.
@@ -103,19 +121,20 @@ class Run:
         single: bool,
         share: bool,
         recompute: bool,
+        scale: float,
     ):
         self.source, self.layers, self.calibration = source, layers, calibration
         self.what = "example" if single else "batch"
         self.units = calibration.examples if single else calibration.batches
-        self.share, self.recompute = share, recompute
+        self.share, self.recompute, self.scale = share, recompute, scale
         self.sums: dict[tuple[str, Statistic], _Sum] = {}
         self.active: dict[str, list[Statistic]] = {}
         # Of what goes through now.
         self.where = ""
         self.forward = False  # not where an activation checkpoint runs it again
         self.masks: dict[TokenMask, Tensor | None] = {}
-        self.peaks: list[tuple[str, Tensor]] = []
-        self.narrow: str | None = None  # a layer whose gradients came in float16
+        self.peaks: list[tuple[str, Tensor]] = []  # of inputs
+        self.gradient_peaks: list[tuple[str, Tensor]] = []
         # The tensor that came last, its version and number, and the sums that it was added to.
         self.input: Tensor | None = None
         self.version: int | None = None
@@ -142,12 +161,6 @@ class Run:
                         self._one(unit, gradients)
                         bar.update(1)
                 self._check_all_seen(active)
-        if self.narrow:
-            warnings.warn(
-                f"{self.narrow}: gradients came in float16, where small ones underflow (up to a "
-                "quarter of a layer's was lost on SmolLM2): run the model in bfloat16 or float32",
-                stacklevel=2,
-            )
         return self._finished(wanted)
 
     @contextmanager
@@ -159,9 +172,12 @@ class Run:
         modules = {name: self.source.modules[name] for name in self.active}
         gradients = any(statistic.gradients for _, statistic in active)
         again = gradients and self.recompute
+        # Whether a scale overflows must not depend on which layers are collected.
+        others = _others(self.source.model, modules.values()) if self.scale != 1 else {}
         with (
             recomputed(self.source.model, modules.values()) if again else nullcontext(),
             tapped(modules, self._seen, self._seen_backward if gradients else None),
+            watched(others, self._watch) if gradients else nullcontext(),
         ):
             yield gradients
 
@@ -170,25 +186,29 @@ class Run:
         kinds = {self._mask_of(s) for statistics in self.active.values() for s in statistics}
         kinds |= {self._checked(name) for name in self.active}
         self.masks = {kind: token_mask(batch, kind, self.where) for kind in sorted(kinds)}
-        self.peaks, self.forward = [], True
+        self.peaks, self.gradient_peaks, self.forward = [], [], True
         try:
             with torch.set_grad_enabled(gradients):
                 if gradients:
                     loss = self.calibration.loss(self.source.model, batch, self.where)
                     self.forward = False
-                    loss.backward()
+                    loss.backward(torch.full_like(loss, self.scale))
                 else:
                     self.calibration.output(self.source.model, batch)
         finally:
             self.forward, self.input, self.fresh = False, None, {}
         if any(len(set(total.calls.values())) > 1 for total in self.sums.values()):
             raise Apart
-        for (what, _), peak in zip(self.peaks, values([p for _, p in self.peaks]), strict=True):
-            if not math.isfinite(peak):
-                raise LoraInitError(
-                    f"{what} has NaN or infinite values in {self.where}: leave that out, or run "
-                    "the model in a wider dtype"
-                )
+        peaks = [*self.peaks, *self.gradient_peaks]
+        for i, peak in enumerate(values([peak for _, peak in peaks])):
+            if math.isfinite(peak):
+                continue
+            if i >= len(self.peaks) and self.scale in _SCALES[:-1]:
+                raise Rescale(_SCALES[_SCALES.index(self.scale) + 1])
+            raise LoraInitError(
+                f"{peaks[i][0]} has NaN or infinite values in {self.where}: leave that out, or run "
+                "the model in a wider dtype"
+            )
 
     @torch.no_grad()
     def _seen(self, name: str, x: Tensor) -> None:
@@ -207,14 +227,20 @@ class Run:
 
     @torch.no_grad()
     def _seen_backward(self, name: str, x: Tensor, dy: Tensor) -> None:
-        if dy.numel():
-            peak = torch.linalg.vector_norm(dy, math.inf)
-            self.peaks.append((f"{name}: the gradient by its output", peak))
-        if dy.dtype == torch.float16:
-            self.narrow = self.narrow or name
+        self._watch(name, dy)
+        if self.scale != 1:
+            dy = dy.to(torch.promote_types(dy.dtype, torch.float32)) / self.scale
+        elif dy.dtype == torch.float16:
+            raise Rescale(_SCALES[0])
         for statistic in self.active[name]:
             if statistic.gradients:
                 self._add(name, statistic, x, dy)
+
+    @torch.no_grad()
+    def _watch(self, name: str, dy: Tensor) -> None:
+        if dy.numel():
+            peak = torch.linalg.vector_norm(dy, math.inf)
+            self.gradient_peaks.append((f"{name}: the gradient by its output", peak))
 
     def _add(self, name: str, statistic: Statistic, x: Tensor, dy: Tensor | None) -> None:
         """Of one call: x (..., in) and dy (..., out)."""
@@ -310,3 +336,13 @@ class Run:
 def _plain(shape: Sequence[int]) -> list[int]:
     """Without what is 1."""
     return [size for size in shape if size != 1]
+
+
+def _others(model: nn.Module, modules: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """The other modules of a model that have a matrix for a weight: projections and embeddings."""
+    tapped = set(modules)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if module not in tapped and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    }

@@ -82,30 +82,39 @@ def tapped(
             again where an activation checkpoint does so, reentrant or not. No gradient of any
             parameter is needed, and none is made.
     """
-    anchors: dict[torch.device, Tensor] = {}
+    anchors = _Anchors()
 
     def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         x = args[0]
         seen(name, x)
         if seen_backward is None or not torch.is_grad_enabled():
             return None
-        anchor = anchors.get(output.device)
-        if anchor is None:
-            anchor = torch.zeros((), device=output.device, requires_grad=True)
-            anchors[output.device] = anchor
-        tap: Tensor = _Tap.apply(anchor, x, output, partial(seen_backward, name))
+        tap: Tensor = _Tap.apply(anchors[output.device], x, output, partial(seen_backward, name))
         return tap
 
-    # First, so that the output is the module's own whatever the user's hooks make of it.
-    handles = [
-        module.register_forward_hook(partial(hook, name), prepend=True)
-        for name, module in modules.items()
-    ]
-    try:
+    with _hooked(modules, hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def watched(
+    modules: Mapping[str, nn.Module], seen_backward: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Inside, the loss' gradient by a module's output, where that is one tensor, is shown with the
+    module's name, as by `tapped`.
+    """
+    anchors = _Anchors()
+
+    def hook(name: str, _: nn.Module, args: Any, output: Any) -> Tensor | None:
+        real = isinstance(output, Tensor) and output.is_floating_point()
+        if not real or not torch.is_grad_enabled():
+            return None
+        anchor = anchors[output.device]
+        tap: Tensor = _Tap.apply(anchor, anchor, output, lambda _, dy: seen_backward(name, dy))
+        return tap
+
+    with _hooked(modules, hook):
+        yield
 
 
 @contextmanager
@@ -120,8 +129,17 @@ def with_lora(
         A, B = factors[name]
         return output + linear(linear(args[0].to(A.dtype), A), B).to(output.dtype)
 
+    with _hooked({name: modules[name] for name in factors}, hook):
+        yield
+
+
+@contextmanager
+def _hooked(modules: Mapping[str, nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Inside, hook(name, module, args, output) may give a module another output."""
+    # First, so that the output is the module's own whatever the user's hooks make of it.
     handles = [
-        modules[name].register_forward_hook(partial(hook, name), prepend=True) for name in factors
+        module.register_forward_hook(partial(hook, name), prepend=True)
+        for name, module in modules.items()
     ]
     try:
         yield
@@ -130,9 +148,17 @@ def with_lora(
             handle.remove()
 
 
+class _Anchors(dict[torch.device, Tensor]):
+    """A scalar on each device that wants a gradient, and gets none."""
+
+    def __missing__(self, device: torch.device) -> Tensor:
+        self[device] = anchor = torch.zeros((), device=device, requires_grad=True)
+        return anchor
+
+
 class _Tap(torch.autograd.Function):
-    """The identity on y, whose backward sees x and dy. The anchor, a scalar that wants a gradient
-    and gets none, has it run where nothing else does.
+    """The identity on y, whose backward sees x and dy; the anchor has it run where nothing else
+    wants a gradient.
     """
 
     @staticmethod

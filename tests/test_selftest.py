@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lora_init
 from lora_init import BackendError, backend, backends, selftest
-from lora_init.backends import available, explain, reference, select
+from lora_init.backends import available, explain, reference, select, triton
 from lora_init.distributed import Ranks
 from lora_init.ops.descend import DescentState, Optimizer
 
@@ -295,3 +295,12 @@ def test_explain_says_which_path_and_why(kernels: object) -> None:
         assert explain("descend", *CALLS["descend"]) == (
             "descend: 'reference' was asked for\nreference: runs descend"
         )
+
+
+def test_a_verdict_of_another_self_test_is_not_remembered(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    key = selftest._key(triton, CPU)
+    changed = tmp_path / "selftest.py"
+    changed.write_bytes(Path(selftest.__file__).read_bytes() + b"# stricter\n")
+    monkeypatch.setattr(selftest, "__file__", str(changed))
+    assert selftest._key(triton, CPU) != key

@@ -135,9 +135,9 @@ int descend_capacity(const DescendVariant& variant, int device) {
   const Kernel made = kernel(variant, true, true);
   DescendLaunch nothing{};
   nothing.stages = stages(made, device);
+  int ctas = occupancy(made, device);
   cudaStream_t stream;
   check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "descend");
-  int ctas = occupancy(made, device);
   cudaError_t status = cudaSuccess;
   for (; ctas > 0; ctas -= blocks::ceil_div(ctas, 8)) {
     status = launch(made, nothing, ctas, stream);

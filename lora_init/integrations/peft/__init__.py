@@ -7,34 +7,29 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_init.cache import CacheOption
 from lora_init.calibration import Calibration
-from lora_init.calibration.collection import Data
-from lora_init.calibration.passes import Source
 from lora_init.checkpoints import Start, read_start
 from lora_init.distributed import Ranks, ranks
 from lora_init.engine import GroupBytes
 from lora_init.factors import Factors, LoraInitError, Residual, weight_digest
+from lora_init.integrations.peft.data import check_calibration, check_runnable, data_of
 from lora_init.integrations.peft.fusion import FuseReport, fuse, unfuse
 from lora_init.integrations.peft.layers import (
     LoraLinear,
     any_sharded,
-    base_tensors,
     check_adapter,
     commit,
     deferred_interrupt,
     initialisable_modules,
     lora_config,
-    lora_layers,
     on,
-    pretrained,
     settle_ranks,
 )
 from lora_init.integrations.peft.residual_model import (
@@ -46,7 +41,7 @@ from lora_init.integrations.peft.residual_model import (
     note_replaced,
     other_tensors,
 )
-from lora_init.integrations.peft.sharded import is_sharded, reshard
+from lora_init.integrations.peft.sharded import reshard
 from lora_init.integrations.peft.shares import ALIKE, Solved, describe, dropout, read, solve
 from lora_init.methods import Layer, Method, resolve_method
 from lora_init.parallel import map_layers
@@ -124,7 +119,7 @@ def initialize(
         if residual not in ("stored", "virtual"):
             raise LoraInitError(f'residual must be "stored" or "virtual", got {residual!r}')
         chosen = resolve_method(method, options)
-        _check_calibration(chosen, calibration)
+        check_calibration(chosen, calibration)
         _check_replacing(chosen, residual, job.size)
         kind = residual if chosen.residual else chosen.kind
         adapter = check_adapter(model, adapter_name)
@@ -139,8 +134,7 @@ def initialize(
             "the example": "none" if example is None else "given",
         }
         if calibration is not None:
-            _refuse_shards(model)
-            _refuse_merged(model)
+            check_runnable(model)
             if chosen.needs == "training" and job.size > 1:
                 raise LoraInitError(
                     f"{chosen.name} trains all layers together, which ranks do not share: pass "
@@ -160,7 +154,7 @@ def initialize(
             adapter,
             chosen,
             kind,
-            _data(model, modules, calibration, progress if job.rank == 0 else False),
+            data_of(model, modules, calibration, progress if job.rank == 0 else False),
             seed=seed,
             cache=cache,
             progress=progress,
@@ -350,60 +344,6 @@ def _check_replacing(method: Method, residual: str, ranks: int) -> None:
             f"{method.name} replaces the weights of the base, which ranks do not send each other: "
             "pass distributed=False on each"
         )
-
-
-def _check_calibration(method: Method, calibration: Calibration | None) -> None:
-    if method.needs != "nothing" and calibration is None:
-        raise LoraInitError(
-            f"{method.name} starts from data ({method.needs}): pass "
-            "calibration=lora_init.Calibration(dataloader)"
-        )
-    if method.needs == "nothing" and calibration is not None:
-        raise LoraInitError(
-            f"{method.name} starts from the weights alone and would not look at the data: leave "
-            "calibration out, or choose a method that needs it"
-        )
-    if calibration is None:
-        return
-    if method.needs == "training" and calibration.train_step is None:
-        raise LoraInitError(
-            f"{method.name} starts from training: pass Calibration(..., "
-            "train_step=(model, batch, parameters) -> None)"
-        )
-    if method.needs != "training" and calibration.train_step is not None:
-        raise LoraInitError(f"{method.name} does not train: leave train_step out of Calibration")
-
-
-def _refuse_shards(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if is_sharded(parameter):
-            raise LoraInitError(
-                f"{name} is sharded over ranks, and data can run through whole models only: "
-                "initialise before fully_shard, or before DeepSpeed ZeRO-3 partitions the model"
-            )
-
-
-def _refuse_merged(model: nn.Module) -> None:
-    for name, module in lora_layers(model).items():
-        if module.merged:  # PEFT would take it off in the first batch
-            raise LoraInitError(
-                f"{name}: adapter {', '.join(module.merged_adapters)} is merged into its base, "
-                "which data runs through: call unmerge_adapter() first"
-            )
-
-
-def _data(
-    model: PeftModel,
-    modules: Mapping[str, LoraLinear],
-    calibration: Calibration | None,
-    progress: bool | None,
-) -> Data | None:
-    if calibration is None:
-        return None
-    base = {name: module.get_base_layer() for name, module in modules.items()}
-    shown = calibration.progress if calibration.progress is not None else progress
-    source = Source(model, base, partial(base_tensors, model), partial(pretrained, model))
-    return Data(calibration, source, shown)
 
 
 def _changed_ranks(

@@ -2,8 +2,8 @@
 
 `approximate`, `initialize`, `fuse` and `lora-init run` call `ensure` when they meet a device, never
 an op itself: that would fire under graph capture and tracing. The verdict is kept on disk for this
-device, driver, torch, package and kernels. What fails is refused there, and a warning names it.
-`LORA_INIT_SELFTEST=0` skips all of it.
+device, driver, torch, package, kernels and tests. What fails is refused there, and a warning names
+it. `LORA_INIT_SELFTEST=0` skips all of it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
+from importlib.resources import files
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ _CALLS = ((70, 150, 201, 3), (300, 264, 520, 16))
 # of all Triton kernels the two products alone are compiled once more, for the halves that cancel,
 # and again for those of fp32 factors, which are PEFT's beside a 16-bit base.
 _STARTED = (300, 264, 520, 3)
+_OWN = ("selftest.py", "testing.py")  # what is run, and held against what
 _verdicts: dict[tuple[str, torch.device], Verdict] = {}
 
 
@@ -117,7 +118,8 @@ def _remembered(one: Backend, device: torch.device) -> Verdict:
 
 
 def _key(one: Backend, device: torch.device) -> str:
-    tests = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    own = b"".join((files(__package__) / name).read_bytes() for name in _OWN)
+    tests = hashlib.sha256(own).hexdigest()
     parts = [one.NAME, one.fingerprint(), tests, version("lora-init"), torch.__version__]
     parts.append(device_name(device))
     if device.type == "cuda":

@@ -297,10 +297,12 @@ def test_explain_says_which_path_and_why(kernels: object) -> None:
         )
 
 
-def test_a_verdict_of_another_self_test_is_not_remembered(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["selftest.py", "testing.py"])
+def test_a_verdict_of_other_tests_is_not_remembered(name, tmp_path, monkeypatch):
     pytest.importorskip("triton")
     key = selftest._key(triton, CPU)
-    changed = tmp_path / "selftest.py"
-    changed.write_bytes(Path(selftest.__file__).read_bytes() + b"# stricter\n")
-    monkeypatch.setattr(selftest, "__file__", str(changed))
+    for own in ("selftest.py", "testing.py"):
+        content = (Path(selftest.__file__).parent / own).read_bytes()
+        (tmp_path / own).write_bytes(content + b"# stricter\n" * (own == name))
+    monkeypatch.setattr(selftest, "files", lambda _: tmp_path)
     assert selftest._key(triton, CPU) != key

@@ -37,7 +37,7 @@ class Tokens:
     Attributes:
         x: its input (n, in), in the model's dtype.
         dy: the loss' gradient by its output (n, out), or None where nothing asks for gradients; in
-            its dtype, or in fp32 where the model runs in fp16 (the loss is scaled then).
+            its dtype, or in fp32 at least where the loss was scaled, in models that run in fp16.
         valid: (n,) bool, the rows that count as tokens (padding is left out, but for "all").
     """
 

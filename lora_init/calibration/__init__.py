@@ -39,6 +39,8 @@ class Calibration:
         num_batches: how many batches are read at most.
         token_mask: which positions count as tokens where a method leaves that open: "attention",
             those that `attention_mask` keeps, or "labels", of these the ones that predict a label.
+            All do where a batch has no such entry, or is no mapping. An encoder-decoder has two
+            masks, and no layer says which is its own: its batches must have no padding.
         cache: of what was collected, on disk: True, False, a directory, or "auto" (what takes at
             most 32 MiB of a layer).
         checkpointing: compute activations again in the backward pass instead of keeping them, one
@@ -188,14 +190,25 @@ class Calibration:
         return loss
 
 
-def token_mask(batch: Any, kind: TokenMask, where: str) -> Tensor | None:
+def token_mask(batch: Any, kind: TokenMask, stacks: bool, where: str) -> Tensor | None:
     """Which positions (batch, tokens) of a batch count; None if there is nothing that says so, and
     all do.
 
+    Args:
+        stacks: whether the model is an encoder and a decoder.
+
     Raises:
-        LoraInitError: none does, or labels are asked for that the batch does not have.
+        LoraInitError: none does, labels are asked for that the batch does not have, or there is
+            padding in one of two stacks.
     """
+    if kind == "labels" and (stacks or not isinstance(batch, Mapping)):
+        why = "the model is an encoder and a decoder" if stacks else f"{where} is no mapping"
+        raise LoraInitError(f'token_mask="labels" says nothing where {why}: use "attention"')
     if not isinstance(batch, Mapping):
+        return None
+    if stacks:
+        if kind != "all":
+            _refuse_padding(batch, where)
         return None
     attention, labels = batch.get("attention_mask"), batch.get("labels")
     if attention is not None and not (isinstance(attention, Tensor) and attention.ndim == 2):
@@ -220,6 +233,17 @@ def token_mask(batch: Any, kind: TokenMask, where: str) -> Tensor | None:
         which = "attention" if kind == "all" else kind
         raise LoraInitError(f"{where} has no token that counts ({which} mask): leave it out")
     return None if kind == "all" else mask
+
+
+def _refuse_padding(batch: Mapping[str, Any], where: str) -> None:
+    for key in ("attention_mask", "decoder_attention_mask", "labels"):
+        value = batch.get(key)
+        padding = _IGNORED_LABEL if key == "labels" else 0
+        if isinstance(value, Tensor) and bool((value == padding).any()):
+            raise LoraInitError(
+                f"{where} has padding ({key}), and which layers of an encoder-decoder it concerns "
+                "cannot be told: give batches of one length without padding, or of one example"
+            )
 
 
 def moved(batch: Any, device: torch.device) -> Any:

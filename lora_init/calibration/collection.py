@@ -2,21 +2,21 @@
 
 A method names `Statistic`s; `Data` runs the batches and feeds them, for some layers at a time. What
 is collected depends on the model, the data and the statistic only (and on the CPU on torch's number
-of threads, which the model's own passes run in): not on which other layers are collected with it,
-in what blocks, or by how many processes.
+of threads, which the model's own passes run in; and of a gradient in fp16, on which layers are
+adapted): not on which other layers are collected with it, in what blocks, or by how many processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lora_init.cache import Cache, digest_of, open_cache
 from lora_init.calibration import Calibration, moved
-from lora_init.calibration.passes import Apart, Rescale, Results, Run, Source, Wanted, first_scale
+from lora_init.calibration.passes import Apart, Rescale, Results, Run, Source, Wanted
 from lora_init.calibration.tap import as_found, with_lora
 from lora_init.engine import group_limit, pack
 from lora_init.factors import LoraInitError
@@ -39,6 +39,8 @@ class Data:
     calibration: Calibration
     source: Source
     progress: bool | None = None
+    # Of the loss, for batches and for single examples, as found by the first block of layers.
+    scales: dict[bool, float] = field(default_factory=dict, init=False)
 
     def blocks(self, layers: Sequence[Layer], method: Method) -> list[list[Layer]]:
         """Consecutive layers whose statistics are collected at once, as many as memory allows; all
@@ -114,6 +116,7 @@ class Data:
         Args:
             together: layers whose values depend on one another.
         """
+        scaled = statistic.gradients and self.source.half
         return digest_of(
             {
                 "format": _FORMAT,
@@ -124,6 +127,8 @@ class Data:
                 "options": asdict(statistic),
                 "mask": statistic.mask or self.calibration.token_mask,
                 "layer": layer.name,
+                # The scale of fp16 gradients, whose small ones underflow, is one for all of these.
+                "beside": sorted(self.source.modules) if scaled else None,
                 "together": together,
                 "seed": layer.seed if statistic.trained else None,
             }
@@ -168,15 +173,15 @@ class Data:
         calibration = self.calibration
         bars = Progress("calibration", self.progress)
         share, recompute, single = True, calibration.checkpointing is True, wanted[0][1].single
-        scale = first_scale(self.source.model)
         while True:
+            scale = self.scales.get(single, 1.0)
             try:
                 run = Run(self.source, layers, calibration, single, share, recompute, scale)
                 return run.results(wanted, bars)
             except Apart:
                 share = False
             except Rescale as other:
-                scale = other.scale
+                self.scales[single] = other.scale
             except torch.OutOfMemoryError:
                 if recompute or calibration.checkpointing is False:
                     raise

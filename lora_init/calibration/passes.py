@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +41,14 @@ class Source:
     pretrained: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
+    def half(self) -> bool:
+        """Whether the model computes in float16, as far as can be seen before it does."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        inside = map(_compute_dtype, self.model.modules())
+        return torch.float16 in {autocast, *inside, *(p.dtype for p in self.model.parameters())}
+
+    @property
     def device(self) -> torch.device:
         """Where batches go."""
         parameters = self.model.parameters()
@@ -76,7 +84,9 @@ class Apart(Exception):
 
 
 class Rescale(Exception):
-    """Gradients underflow or overflow at this scale of the loss: `scale` is the one to try next."""
+    """Gradients are float16, and the loss is not scaled or one of them is infinite or NaN: `scale`
+    is the one to try next.
+    """
 
     def __init__(self, scale: float):
         super().__init__(scale)
@@ -84,14 +94,10 @@ class Rescale(Exception):
 
 
 # What a loss is multiplied by where gradients are float16, whose small ones would underflow (up to
-# a quarter of a layer's on SmolLM2). A smaller one is for data that overflow at a larger. All are
-# powers of two, so that nothing else is rounded otherwise, and none is 1, which means unscaled.
-_SCALES = tuple(2.0**power for power in (15, 11, 7, 3, -1, -5))
-
-
-def first_scale(model: nn.Module) -> float:
-    """What to multiply the loss of a model by, as far as its parameters tell."""
-    return _SCALES[0] if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
+# a quarter of a layer's on SmolLM2): the first at which none of an adapted layer overflows, in any
+# batch. Most find that with their first batch. All are powers of two, so that nothing else is
+# rounded otherwise, and none is 1, which means unscaled.
+_SCALES = tuple(2.0**power for power in range(47, -26, -8))
 
 
 @dataclass
@@ -172,27 +178,37 @@ class Run:
         modules = {name: self.source.modules[name] for name in self.active}
         gradients = any(statistic.gradients for _, statistic in active)
         again = gradients and self.recompute
-        # Whether a scale overflows must not depend on which layers are collected.
-        others = _others(self.source.model, modules.values()) if self.scale != 1 else {}
         with (
-            recomputed(self.source.model, modules.values()) if again else nullcontext(),
+            recomputed(self.source.model) if again else nullcontext(),
             tapped(modules, self._seen, self._seen_backward if gradients else None),
-            watched(others, self._watch) if gradients else nullcontext(),
+            self._scaled() if gradients else nullcontext(),
         ):
             yield gradients
+
+    def _scaled(self) -> AbstractContextManager[None]:
+        """Inside, what asks for another scale is noticed in layers that are not collected now too,
+        so that it is the same for any block of layers.
+        """
+        if self.scale == 1:
+            return watched(_matrices(self.source.model), output_seen=_refuse_half)
+        others = {n: x for n, x in self.source.modules.items() if n not in self.active}
+        return watched(others, gradient_seen=self._gradient_peak)
 
     def _one(self, unit: Any, gradients: bool) -> None:
         batch = moved(unit, self.source.device)
         kinds = {self._mask_of(s) for statistics in self.active.values() for s in statistics}
         kinds |= {self._checked(name) for name in self.active}
-        self.masks = {kind: token_mask(batch, kind, self.where) for kind in sorted(kinds)}
+        config = getattr(self.source.model, "config", None)
+        stacks = bool(getattr(config, "is_encoder_decoder", False))
+        self.masks = {kind: token_mask(batch, kind, stacks, self.where) for kind in sorted(kinds)}
         self.peaks, self.gradient_peaks, self.forward = [], [], True
         try:
             with torch.set_grad_enabled(gradients):
                 if gradients:
                     loss = self.calibration.loss(self.source.model, batch, self.where)
                     self.forward = False
-                    loss.backward(torch.full_like(loss, self.scale))
+                    with torch.autograd.set_detect_anomaly(False):  # an overflow is none
+                        loss.backward(torch.full_like(loss, self.scale))
                 else:
                     self.calibration.output(self.source.model, batch)
         finally:
@@ -227,17 +243,15 @@ class Run:
 
     @torch.no_grad()
     def _seen_backward(self, name: str, x: Tensor, dy: Tensor) -> None:
-        self._watch(name, dy)
+        self._gradient_peak(name, dy)
         if self.scale != 1:
             dy = dy.to(torch.promote_types(dy.dtype, torch.float32)) / self.scale
-        elif dy.dtype == torch.float16:
-            raise Rescale(_SCALES[0])
         for statistic in self.active[name]:
             if statistic.gradients:
                 self._add(name, statistic, x, dy)
 
     @torch.no_grad()
-    def _watch(self, name: str, dy: Tensor) -> None:
+    def _gradient_peak(self, name: str, dy: Tensor) -> None:
         if dy.numel():
             peak = torch.linalg.vector_norm(dy, math.inf)
             self.gradient_peaks.append((f"{name}: the gradient by its output", peak))
@@ -295,8 +309,9 @@ class Run:
         if _plain(shape) not in (_plain(mask.shape), _plain([mask.numel()])):
             raise LoraInitError(
                 f"{name}: its input is {tuple(x.shape)} in {self.where}, whose mask is "
-                f"{tuple(mask.shape)}: leave the layer out of target_modules, or attention_mask "
-                "out of the batches (all rows count then)"
+                f"{tuple(mask.shape)}: leave the layer out of target_modules, or "
+                + ("attention_mask" if kind == "attention" else "attention_mask and labels")
+                + " out of the batches (all rows count then, so they must have no padding)"
             )
         return mask.flatten().to(x.device)
 
@@ -338,11 +353,20 @@ def _plain(shape: Sequence[int]) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def _others(model: nn.Module, modules: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """The other modules of a model that have a matrix for a weight: projections and embeddings."""
-    tapped = set(modules)
+def _refuse_half(module: nn.Module, output: Tensor) -> None:
+    if torch.float16 in (output.dtype, _compute_dtype(module)):
+        raise Rescale(_SCALES[0])
+
+
+def _compute_dtype(module: nn.Module) -> Any:
+    """What one of bitsandbytes' works in, whatever it takes and gives."""
+    return getattr(module, "compute_dtype", None)
+
+
+def _matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model whose weight is a matrix: projections and embeddings."""
     return {
         name: module
         for name, module in model.named_modules()
-        if module not in tapped and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
     }

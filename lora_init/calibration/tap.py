@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,8 +20,9 @@ _SEED = 0
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Inside, a model is in eval mode, keeps no cache of keys and values, and none of its
-    parameters wants a gradient; afterwards all that is as it was, and so are its buffers and the
-    state of the random number generators of its devices.
+    parameters wants a gradient; afterwards all that is as it was, and so are its buffers, its
+    configuration (transformers' classifiers note there what their labels look like) and the state
+    of the random number generators of its devices.
 
     Yields:
         What seeds those generators, always alike: a model that draws in eval mode draws the same in
@@ -29,11 +30,12 @@ def as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [(module._buffers, dict(module._buffers)) for module in modules]
     tensors = [b for _, own in buffers for b in own.values() if b is not None and not b.is_meta]
     copies = [(buffer, version_of(buffer), buffer.clone()) for buffer in tensors]
-    configs = {id(config): config for config in map(_caching, modules) if config is not None}
+    configs = {id(c): c for c in map(_config, modules) if c is not None}
+    settings = {key: dict(vars(config)) for key, config in configs.items()}
     generators = _generators(model)
     states = [generator.get_state() for generator in generators]
 
@@ -46,17 +48,20 @@ def as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
             # One of bitsandbytes' in eval mode may pack its weight for the CPU, and for good.
             module.training = hasattr(getattr(module, "weight", None), "quant_state")
         for config in configs.values():
-            config.use_cache = False
-        for parameter in trained:
-            parameter.requires_grad_(False)
+            if getattr(config, "use_cache", None) is True:
+                config.use_cache = False
+        for parameter, wants in wanted:
+            if wants:
+                parameter.requires_grad_(False)
         yield seed
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
-        for config in configs.values():
-            config.use_cache = True
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for key, config in configs.items():
+            vars(config).clear()
+            vars(config).update(settings[key])
+        for parameter, wants in wanted:
+            parameter.requires_grad_(wants)
         for live, own in buffers:
             live.clear()
             live.update(own)
@@ -98,19 +103,29 @@ def tapped(
 
 @contextmanager
 def watched(
-    modules: Mapping[str, nn.Module], seen_backward: Callable[[str, Tensor], None]
+    modules: Mapping[str, nn.Module],
+    output_seen: Callable[[nn.Module, Tensor], None] | None = None,
+    gradient_seen: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """Inside, the loss' gradient by a module's output, where that is one tensor, is shown with the
-    module's name, as by `tapped`.
+    """Inside, outputs of modules that are one real tensor are shown, where gradients are enabled.
+
+    Args:
+        output_seen: is given the module and its output.
+        gradient_seen: is given the module's name and the loss' gradient by its output, whether or
+            not anything below the module needs one.
     """
     anchors = _Anchors()
 
-    def hook(name: str, _: nn.Module, args: Any, output: Any) -> Tensor | None:
+    def hook(name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         real = isinstance(output, Tensor) and output.is_floating_point()
         if not real or not torch.is_grad_enabled():
             return None
+        if output_seen is not None:
+            output_seen(module, output)
+        if gradient_seen is None:
+            return None
         anchor = anchors[output.device]
-        tap: Tensor = _Tap.apply(anchor, anchor, output, lambda _, dy: seen_backward(name, dy))
+        tap: Tensor = _Tap.apply(anchor, anchor, output, lambda _, dy: gradient_seen(name, dy))
         return tap
 
     with _hooked(modules, hook):
@@ -175,14 +190,13 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def recomputed(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
+def recomputed(model: nn.Module) -> Iterator[None]:
     """Inside, a model's repeated blocks run under activation checkpoints: the elements of the
-    outermost `nn.ModuleList`s with any of `modules` in them.
+    outermost `nn.ModuleList`s.
 
     Not by transformers' `gradient_checkpointing_enable`, which has no effect in eval mode.
     """
-    wanted = set(modules)
-    blocks = [block for block in _blocks(model) if not wanted.isdisjoint(block.modules())]
+    blocks = list(_blocks(model))
     own = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
@@ -203,10 +217,10 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def _caching(module: nn.Module) -> Any:
-    """Its transformers config, if that says to cache keys and values."""
+def _config(module: nn.Module) -> Any:
+    """Its transformers config, or whatever object it has by that name."""
     config = vars(module).get("config")
-    return config if getattr(config, "use_cache", None) is True else None
+    return config if hasattr(config, "__dict__") else None
 
 
 def _generators(model: nn.Module) -> list[torch.Generator]:

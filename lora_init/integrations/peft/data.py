@@ -42,6 +42,11 @@ def check_calibration(method: Method, calibration: Calibration | None) -> None:
 def check_runnable(model: PeftModel) -> None:
     """Refuses a model that data cannot run through as the pretrained one."""
     for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise LoraInitError(
+                f"{name} was made under torch.inference_mode(), where autograd cannot follow it: "
+                "make the model outside of it"
+            )
         if is_sharded(parameter):
             raise LoraInitError(
                 f"{name} is sharded over ranks, and data can run through whole models only: "

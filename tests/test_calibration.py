@@ -732,6 +732,7 @@ def test_another_pass_goes_over_the_same_data_whatever_the_loader_shuffles():
 def test_a_training_step_trains_a_temporary_lora_of_the_pretrained_model():
     base, data = llama(), batches()
     model = adapted(copy.deepcopy(base), ["q_proj", "down_proj"])
+    lm_head = model.get_base_model().lm_head.weight
     before = everything(model)
     optimizers: list[torch.optim.Optimizer] = []
     batch_losses = []
@@ -744,6 +745,7 @@ def test_a_training_step_trains_a_temporary_lora_of_the_pretrained_model():
         loss.backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
+        lm_head.requires_grad_(len(batch_losses) == len(data))
 
     found = collected(model, data, Product(), train_step=step)
     assert everything(model) == before

@@ -60,8 +60,8 @@ def _heat_map(
 
 
 def lm_study(results: Table, verdict: Sequence[dict[str, Any]], name: str, path: Path) -> None:
-    """Validation loss across learning rates, training loss at each method's best, and its test
-    loss there with 95% intervals.
+    """Validation loss across learning rates, training loss at each method's best, and there its
+    test loss beside plain LoRA's, seed by seed, with 95% intervals.
     """
     figure, (left, middle, right) = pyplot.subplots(
         1, 3, figsize=(17, 5.5), constrained_layout=True
@@ -85,11 +85,13 @@ def lm_study(results: Table, verdict: Sequence[dict[str, Any]], name: str, path:
     left.set_ylim(min(finite) - 0.1 * spread, max(finite) + 2 * spread)
     middle.set(xlabel="step", ylabel="training loss", title="each method at its best lr")
     middle.legend(fontsize=8)
-    for place, row in enumerate(reversed(verdict)):
-        mean, half = row["test_loss"]
+    for place, row in enumerate(reversed(adapted)):
+        mean, half = row["test_loss_over_lora"]
         right.errorbar(mean, place, xerr=half, fmt="o", color="C0", capsize=3)
-    right.set_yticks(range(len(verdict)), [f"{r['method']}, {r['lr']:g}" for r in verdict[::-1]])
-    right.set(xlabel="test loss, mean and 95% interval over seeds", title="at its best lr")
+    right.axvline(0, color="0.7", lw=1)
+    right.set_yticks(range(len(adapted)), [f"{r['method']}, {r['lr']:g}" for r in adapted[::-1]])
+    seeds = max(row["seeds"] for row in adapted)
+    right.set(xlabel=f"test loss − lora's, {seeds} seeds paired, 95%", title="at its best lr")
     _save(figure, path)
 
 

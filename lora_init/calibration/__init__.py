@@ -190,23 +190,21 @@ class Calibration:
         return loss
 
 
-def token_mask(batch: Any, kind: TokenMask, stacks: bool, where: str) -> Tensor | None:
+def token_mask(batch: Any, kind: TokenMask, encoder_decoder: bool, where: str) -> Tensor | None:
     """Which positions (batch, tokens) of a batch count; None if there is nothing that says so, and
     all do.
 
-    Args:
-        stacks: whether the model is an encoder and a decoder.
-
     Raises:
         LoraInitError: none does, labels are asked for that the batch does not have, or there is
-            padding in one of two stacks.
+            padding in one of an encoder and a decoder.
     """
-    if kind == "labels" and (stacks or not isinstance(batch, Mapping)):
-        why = "the model is an encoder and a decoder" if stacks else f"{where} is no mapping"
+    if kind == "labels" and (encoder_decoder or not isinstance(batch, Mapping)):
+        two = "the model is an encoder and a decoder"
+        why = two if encoder_decoder else f"{where} is no mapping"
         raise LoraInitError(f'token_mask="labels" says nothing where {why}: use "attention"')
     if not isinstance(batch, Mapping):
         return None
-    if stacks:
+    if encoder_decoder:
         if kind != "all":
             _refuse_padding(batch, where)
         return None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,22 @@ class Source:
     pretrained: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
+    def autocast(self) -> torch.dtype | Literal[False]:
+        """What the caller has the model autocast to, if so."""
+        kind = self.device.type
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+
+    @cached_property
     def half(self) -> bool:
         """Whether the model computes in float16, as far as can be seen before it does."""
-        kind = self.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         inside = map(_compute_dtype, self.model.modules())
-        return torch.float16 in {autocast, *inside, *(p.dtype for p in self.model.parameters())}
+        parameters = (parameter.dtype for parameter in self.model.parameters())
+        return torch.float16 in {self.autocast, *inside, *parameters}
+
+    @property
+    def encoder_decoder(self) -> bool:
+        config = getattr(self.model, "config", None)
+        return bool(getattr(config, "is_encoder_decoder", False))
 
     @property
     def device(self) -> torch.device:
@@ -67,14 +77,13 @@ class Source:
         kinds = {f"{type(x).__module__}.{type(x).__qualname__}" for x in self.model.modules()}
         # Adapters and what they are made of come and go.
         own = [kind for kind in kinds if kind.split(".")[0] not in ("lora_init", "peft", "torch")]
-        device = self.device.type
         return digest_of(
             {
                 "tensors": dict(zip(tensors, digests, strict=True)),
                 "classes": sorted(own),
                 "config": {name: x for name, x in settings.items() if name not in ignored},
-                "device": device,
-                "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+                "device": self.device.type,
+                "autocast": self.autocast,
             }
         )
 
@@ -198,9 +207,8 @@ class Run:
         batch = moved(unit, self.source.device)
         kinds = {self._mask_of(s) for statistics in self.active.values() for s in statistics}
         kinds |= {self._checked(name) for name in self.active}
-        config = getattr(self.source.model, "config", None)
-        stacks = bool(getattr(config, "is_encoder_decoder", False))
-        self.masks = {kind: token_mask(batch, kind, stacks, self.where) for kind in sorted(kinds)}
+        two = self.source.encoder_decoder
+        self.masks = {kind: token_mask(batch, kind, two, self.where) for kind in sorted(kinds)}
         self.peaks, self.gradient_peaks, self.forward = [], [], True
         try:
             with torch.set_grad_enabled(gradients):

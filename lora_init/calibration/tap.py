@@ -34,8 +34,8 @@ def as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
     buffers = [(module._buffers, dict(module._buffers)) for module in modules]
     tensors = [b for _, own in buffers for b in own.values() if b is not None and not b.is_meta]
     copies = [(buffer, version_of(buffer), buffer.clone()) for buffer in tensors]
-    configs = {id(c): c for c in map(_config, modules) if c is not None}
-    settings = {key: dict(vars(config)) for key, config in configs.items()}
+    configs = {id(c): c for c in map(_config, modules) if c is not None}.values()
+    settings = [dict(vars(config)) for config in configs]
     generators = _generators(model)
     states = [generator.get_state() for generator in generators]
 
@@ -47,7 +47,7 @@ def as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
         for module in modules:
             # One of bitsandbytes' in eval mode may pack its weight for the CPU, and for good.
             module.training = hasattr(getattr(module, "weight", None), "quant_state")
-        for config in configs.values():
+        for config in configs:
             if getattr(config, "use_cache", None) is True:
                 config.use_cache = False
         for parameter, wants in wanted:
@@ -57,9 +57,9 @@ def as_found(model: nn.Module) -> Iterator[Callable[[], None]]:
     finally:
         for module, mode in zip(modules, training, strict=True):
             module.training = mode
-        for key, config in configs.items():
+        for config, values in zip(configs, settings, strict=True):
             vars(config).clear()
-            vars(config).update(settings[key])
+            vars(config).update(values)
         for parameter, wants in wanted:
             parameter.requires_grad_(wants)
         for live, own in buffers:
